@@ -1,0 +1,465 @@
+//! The agent's half of exactly-once: what it holds, what is on its way, what may be forgotten.
+//!
+//! ```text
+//! Offline --connected--> Greeting --Welcome--> Streaming --FinishedAck--> Done
+//!    ^-------disconnected----'------------------'
+//! ```
+
+use std::{collections::VecDeque, time::Duration};
+
+use bytes::Bytes;
+
+use crate::{
+    codec::binary::Sealed,
+    frame::{Ack, AgentFrame, Cancel, Finished, FinishedAck, Record, ServerFrame, Welcome},
+    limits::{GATHER, MAX_RECORDS, WINDOW},
+};
+
+/// Records that are not yet accepted, and how far the server has them.
+#[derive(Debug)]
+pub struct Sender {
+    held: VecDeque<Sealed>,
+    oldest: u64,
+    cost: u64,
+    sent: u64,
+    in_flight: u64,
+    window: u64,
+    finished: Option<Finished>,
+    phase: Phase,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Phase {
+    Offline,
+    Greeting,
+    Streaming { finished_sent: bool },
+    Done,
+}
+
+/// What to write to the socket next.
+#[derive(Debug)]
+pub enum Outgoing {
+    /// A binary message, ready as it is.
+    Message(Bytes),
+    /// A frame to encode.
+    Frame(AgentFrame),
+}
+
+/// What a server's frame asks of the agent.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Order {
+    /// End the command.
+    Cancel(Cancel),
+    /// The log is accepted; the connection can be closed. `None`: complete, otherwise what is missing.
+    Delivered(Option<String>),
+    /// Connect again within this time.
+    Drain(Duration),
+    /// Nothing beyond what [`Sender::poll_transmit`] says.
+    Nothing,
+    /// Answer a ping with this id.
+    Pong(u64),
+    /// The stream is open.
+    Welcome(Welcome),
+}
+
+/// How a server broke the protocol.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ServerViolation {
+    /// It acknowledges or asks for a record outside what this agent has.
+    #[error("the server speaks of record {next}, this agent has {oldest} to {end}")]
+    OutOfRange {
+        /// What the server named.
+        next: u64,
+        /// The lowest number it could have named.
+        oldest: u64,
+        /// The highest.
+        end: u64,
+    },
+    /// A frame that has no meaning at this point.
+    #[error("the server sent {0} at the wrong time")]
+    Unexpected(&'static str),
+}
+
+impl Default for Sender {
+    fn default() -> Self {
+        Self {
+            held: VecDeque::new(),
+            oldest: 0,
+            cost: 0,
+            sent: 0,
+            in_flight: 0,
+            window: WINDOW,
+            finished: None,
+            phase: Phase::Offline,
+        }
+    }
+}
+
+impl Sender {
+    /// Holds the next record.
+    ///
+    /// # Panics
+    ///
+    /// When its number is not [`Self::next`], or after [`Self::finish`].
+    pub fn push(&mut self, sealed: Sealed) {
+        assert_eq!(sealed.record.seq, self.next(), "records are numbered densely");
+        assert!(self.finished.is_none(), "FINISHED is the last record");
+        self.cost += sealed.record.cost();
+        self.held.push_back(sealed);
+    }
+
+    /// Adds the end. It is sent after every record.
+    pub fn finish(&mut self, finished: Finished) {
+        assert_eq!(finished.next, self.next(), "FINISHED counts every record");
+        self.finished = Some(finished);
+    }
+
+    /// The lowest sequence number held.
+    #[must_use]
+    pub fn oldest(&self) -> u64 {
+        self.oldest
+    }
+
+    /// The sequence number of the next record.
+    #[must_use]
+    pub fn next(&self) -> u64 {
+        self.oldest + self.held.len() as u64
+    }
+
+    /// What the held records cost, bytes.
+    #[must_use]
+    pub fn cost(&self) -> u64 {
+        self.cost
+    }
+
+    /// Whether the server has accepted FINISHED.
+    #[must_use]
+    pub fn is_done(&self) -> bool {
+        self.phase == Phase::Done
+    }
+
+    /// A connection is open and the hello is on its way.
+    pub fn handle_connected(&mut self) {
+        if !self.is_done() {
+            self.phase = Phase::Greeting;
+        }
+    }
+
+    /// The connection is gone, and with it everything that was not acknowledged.
+    pub fn handle_disconnected(&mut self) {
+        if !self.is_done() {
+            self.phase = Phase::Offline;
+        }
+    }
+
+    /// Takes one frame in and says what to do with it.
+    ///
+    /// # Errors
+    ///
+    /// When the server broke the protocol; the connection is of no use any more.
+    pub fn handle_frame(&mut self, frame: ServerFrame) -> Result<Order, ServerViolation> {
+        match frame {
+            ServerFrame::Welcome(welcome) => self.handle_welcome(welcome),
+            ServerFrame::Ack(ack) => self.handle_ack(ack),
+            ServerFrame::FinishedAck(ack) => self.handle_finished_ack(ack),
+            ServerFrame::Cancel(cancel) => Ok(Order::Cancel(cancel)),
+            ServerFrame::Drain(drain) => Ok(Order::Drain(Duration::from_millis(drain.within))),
+            ServerFrame::Ping(ping) => Ok(Order::Pong(ping.id)),
+        }
+    }
+
+    fn handle_welcome(&mut self, welcome: Welcome) -> Result<Order, ServerViolation> {
+        if self.phase != Phase::Greeting {
+            return Err(ServerViolation::Unexpected("Welcome"));
+        }
+        self.check_range(welcome.next, self.next())?;
+        self.forget_below(welcome.next);
+        self.sent = welcome.next;
+        self.in_flight = 0;
+        self.window = welcome.window;
+        self.phase = Phase::Streaming { finished_sent: false };
+        Ok(Order::Welcome(welcome))
+    }
+
+    fn handle_ack(&mut self, ack: Ack) -> Result<Order, ServerViolation> {
+        let Phase::Streaming { .. } = self.phase else {
+            return Err(ServerViolation::Unexpected("Ack"));
+        };
+        self.window = ack.window;
+        if ack.next > self.oldest {
+            self.check_range(ack.next, self.sent)?;
+            self.in_flight -= self.forget_below(ack.next);
+        }
+        Ok(Order::Nothing)
+    }
+
+    fn handle_finished_ack(&mut self, ack: FinishedAck) -> Result<Order, ServerViolation> {
+        if self.phase != (Phase::Streaming { finished_sent: true }) {
+            return Err(ServerViolation::Unexpected("FinishedAck"));
+        }
+        let missing = match ack {
+            FinishedAck::Complete => None,
+            FinishedAck::Incomplete(reason) => Some(reason),
+            FinishedAck::Resume(next) => return self.rewind(next).map(|()| Order::Nothing),
+        };
+        self.forget_below(self.next());
+        self.phase = Phase::Done;
+        Ok(Order::Delivered(missing))
+    }
+
+    /// Sends again from `next`, which is what the server lacks.
+    fn rewind(&mut self, next: u64) -> Result<(), ServerViolation> {
+        self.check_range(next, self.next())?;
+        self.forget_below(next);
+        self.sent = next;
+        self.in_flight = 0;
+        self.phase = Phase::Streaming { finished_sent: false };
+        Ok(())
+    }
+
+    fn check_range(&self, next: u64, end: u64) -> Result<(), ServerViolation> {
+        let oldest = self.oldest;
+        if (oldest..=end).contains(&next) { Ok(()) } else { Err(ServerViolation::OutOfRange { next, oldest, end }) }
+    }
+
+    /// Drops what is durable and says what it cost.
+    fn forget_below(&mut self, next: u64) -> u64 {
+        let mut freed = 0;
+        while self.oldest < next {
+            let Some(sealed) = self.held.pop_front() else { break };
+            freed += sealed.record.cost();
+            self.oldest += 1;
+        }
+        self.cost -= freed;
+        freed
+    }
+
+    /// What to send next; `None` until a frame, a record or a connection arrives.
+    pub fn poll_transmit(&mut self) -> Option<Outgoing> {
+        let Phase::Streaming { finished_sent } = &mut self.phase else { return None };
+        if self.sent < self.oldest + self.held.len() as u64 {
+            return self.next_batch();
+        }
+        let finished = self.finished.as_ref().filter(|_| !*finished_sent)?;
+        *finished_sent = true;
+        Some(Outgoing::Frame(AgentFrame::Finished(finished.clone())))
+    }
+
+    /// One large record as it is, or small ones gathered.
+    fn next_batch(&mut self) -> Option<Outgoing> {
+        let start = (self.sent - self.oldest) as usize;
+        let mut payload = 0;
+        let mut count = 0;
+        for Sealed { record, .. } in self.held.range(start..).take(MAX_RECORDS) {
+            let fits_window = self.in_flight == 0 || self.in_flight + record.cost() <= self.window;
+            let fits_message = count == 0 || payload + record.payload.len() <= GATHER;
+            if !(fits_window && fits_message) {
+                break;
+            }
+            self.in_flight += record.cost();
+            payload += record.payload.len();
+            count += 1;
+        }
+        self.sent += count as u64;
+        match count {
+            0 => None,
+            1 => Some(Outgoing::Message(self.held[start].message.clone())),
+            _ => Some(Outgoing::Frame(AgentFrame::Records(self.records(start, count)))),
+        }
+    }
+
+    fn records(&self, start: usize, count: usize) -> Vec<Record> {
+        self.held.range(start..start + count).map(|sealed| sealed.record.clone()).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::BytesMut;
+
+    use super::*;
+    use crate::{
+        codec::binary::{HEADROOM, decode_agent, seal},
+        frame::{Counts, Drain, Durable, End, Ping, Stream},
+        id::Digest,
+        limits::{MAX_MESSAGE, MAX_PAYLOAD},
+    };
+
+    #[test]
+    fn rule_1_the_server_says_where_to_resume() {
+        let mut sender = streaming(3, 0);
+        assert_eq!(sent(&mut sender), [0, 1, 2]);
+        sender.handle_disconnected();
+        sender.handle_connected();
+        sender.handle_frame(welcome(1)).unwrap();
+        assert_eq!((sender.oldest(), sent(&mut sender)), (1, vec![1, 2]));
+    }
+
+    #[test]
+    fn rule_1_a_resume_point_outside_what_is_held_is_refused() {
+        for next in [1, 9] {
+            let mut sender = streaming(3, 2);
+            sender.handle_disconnected();
+            sender.handle_connected();
+            let refused = sender.handle_frame(welcome(next)).unwrap_err();
+            assert_eq!(refused, ServerViolation::OutOfRange { next, oldest: 2, end: 3 });
+        }
+    }
+
+    #[test]
+    fn rule_2_only_an_acknowledgement_frees_and_an_old_one_changes_nothing() {
+        let mut sender = streaming(3, 0);
+        assert_eq!((sent(&mut sender).len(), sender.oldest()), (3, 0));
+        sender.handle_frame(ack(2)).unwrap();
+        sender.handle_frame(ack(1)).unwrap();
+        assert_eq!((sender.oldest(), sender.next()), (2, 3));
+        assert!(sender.handle_frame(ack(4)).is_err());
+    }
+
+    #[test]
+    fn rule_2_finished_follows_every_record_and_is_sent_again_after_a_cut() {
+        let mut sender = streaming(1, 0);
+        sender.finish(finished(1));
+        assert_eq!(sent(&mut sender), [0, FINISHED]);
+        sender.handle_disconnected();
+        sender.handle_connected();
+        sender.handle_frame(welcome(1)).unwrap();
+        assert_eq!(sent(&mut sender), [FINISHED]);
+        assert_eq!(sender.handle_frame(ServerFrame::FinishedAck(FinishedAck::Complete)), Ok(Order::Delivered(None)));
+        assert!(sender.is_done());
+    }
+
+    #[test]
+    fn rule_2_finished_goes_out_with_zero_records() {
+        let mut sender = streaming(0, 0);
+        sender.finish(finished(0));
+        assert_eq!(sent(&mut sender), [FINISHED]);
+    }
+
+    #[test]
+    fn a_server_that_lacks_records_at_the_end_gets_them_again() {
+        let mut sender = streaming(3, 0);
+        sender.finish(finished(3));
+        sent(&mut sender);
+        sender.handle_frame(ServerFrame::FinishedAck(FinishedAck::Resume(1))).unwrap();
+        assert_eq!(sent(&mut sender), [1, 2, FINISHED]);
+    }
+
+    #[test]
+    fn rule_4_the_window_bounds_what_is_in_flight() {
+        let mut sender = Sender::default();
+        (0..40).for_each(|seq| sender.push(record(seq, MAX_PAYLOAD)));
+        connect(&mut sender);
+        let first = sent(&mut sender).len() as u64;
+        assert!(first * record(0, MAX_PAYLOAD).record.cost() <= WINDOW && first >= 15, "{first}");
+        assert!(sender.poll_transmit().is_none());
+        sender.handle_frame(ServerFrame::Ack(Ack { next: 2, window: WINDOW })).unwrap();
+        assert_eq!(sent(&mut sender), [first, first + 1]);
+    }
+
+    #[test]
+    fn rule_4_a_window_smaller_than_a_record_still_moves() {
+        let mut sender = Sender::default();
+        (0..3).for_each(|seq| sender.push(record(seq, MAX_PAYLOAD)));
+        sender.handle_connected();
+        let ServerFrame::Welcome(mut narrow) = welcome(0) else { unreachable!() };
+        narrow.window = 1;
+        sender.handle_frame(ServerFrame::Welcome(narrow)).unwrap();
+        assert_eq!(sent(&mut sender), [0]);
+    }
+
+    #[test]
+    fn rule_5_no_message_exceeds_its_limit_however_records_are_gathered() {
+        for len in [0, 1, 100, GATHER - 1, MAX_PAYLOAD] {
+            let mut sender = Sender::default();
+            (0..2000).for_each(|seq| sender.push(record(seq, len)));
+            connect(&mut sender);
+            while let Some(outgoing) = sender.poll_transmit() {
+                assert!(wire(outgoing).len() <= MAX_MESSAGE);
+            }
+        }
+    }
+
+    #[test]
+    fn orders_pass_through() {
+        let mut sender = streaming(0, 0);
+        let cancel = Cancel { reason: "hung up".into(), grace: 1000 };
+        assert_eq!(sender.handle_frame(ServerFrame::Cancel(cancel.clone())), Ok(Order::Cancel(cancel)));
+        assert_eq!(sender.handle_frame(ServerFrame::Ping(Ping { id: 7 })), Ok(Order::Pong(7)));
+        let drain = ServerFrame::Drain(Drain { within: 20 });
+        assert_eq!(sender.handle_frame(drain), Ok(Order::Drain(Duration::from_millis(20))));
+    }
+
+    #[test]
+    fn frames_out_of_place_are_refused() {
+        let mut sender = Sender::default();
+        assert!(sender.handle_frame(welcome(0)).is_err());
+        assert!(sender.handle_frame(ack(0)).is_err());
+        connect(&mut sender);
+        assert!(sender.handle_frame(welcome(0)).is_err());
+        assert!(sender.handle_frame(ServerFrame::FinishedAck(FinishedAck::Complete)).is_err());
+    }
+
+    const FINISHED: u64 = u64::MAX;
+
+    fn record(seq: u64, len: usize) -> Sealed {
+        seal(BytesMut::zeroed(HEADROOM + len), seq, 0, Stream::Stdout, 0)
+    }
+
+    /// Holds `count` records, of which the server already has `acked`.
+    fn streaming(count: u64, acked: u64) -> Sender {
+        let mut sender = Sender::default();
+        (0..count).for_each(|seq| sender.push(record(seq, 10)));
+        sender.handle_connected();
+        sender.handle_frame(welcome(acked)).unwrap();
+        sender
+    }
+
+    fn connect(sender: &mut Sender) {
+        sender.handle_connected();
+        sender.handle_frame(welcome(0)).unwrap();
+    }
+
+    fn welcome(next: u64) -> ServerFrame {
+        ServerFrame::Welcome(Welcome {
+            attempt: 1,
+            next,
+            durable: Durable::Memory,
+            window: WINDOW,
+            heartbeat: 15_000,
+            max_payload: MAX_PAYLOAD as u32,
+            max_message: MAX_MESSAGE as u32,
+            cancel: None,
+            server: String::new(),
+            capabilities: Vec::new(),
+        })
+    }
+
+    fn ack(next: u64) -> ServerFrame {
+        ServerFrame::Ack(Ack { next, window: WINDOW })
+    }
+
+    fn finished(next: u64) -> Finished {
+        Finished { next, counts: Counts::default(), digest: Digest([0; 32]), end: End::Exited(0), time: 0, usage: None }
+    }
+
+    fn wire(outgoing: Outgoing) -> Bytes {
+        match outgoing {
+            Outgoing::Message(message) => message,
+            Outgoing::Frame(frame) => crate::codec::binary::encode_agent(&frame).unwrap(),
+        }
+    }
+
+    /// Sequence numbers in the order in which they go out.
+    fn sent(sender: &mut Sender) -> Vec<u64> {
+        let mut seqs = Vec::new();
+        while let Some(outgoing) = sender.poll_transmit() {
+            match decode_agent(&wire(outgoing)).unwrap() {
+                AgentFrame::Records(records) => seqs.extend(records.iter().map(|record| record.seq)),
+                AgentFrame::Finished(_) => seqs.push(FINISHED),
+                AgentFrame::Hello(_) | AgentFrame::Pong(_) => unreachable!("never polled"),
+            }
+        }
+        seqs
+    }
+}
