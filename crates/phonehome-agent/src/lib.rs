@@ -1,1 +1,16 @@
-//! x
+//! The agent: the entrypoint of a builder image.
+//!
+//! It runs the real build command as its child, captures what it writes, keeps it until the server has it for good,
+//! and exits as the command did. [`run`] is its whole life; the rest is what that leans on.
+
+mod capture;
+mod command;
+pub mod config;
+pub mod console;
+pub mod failure;
+pub mod log;
+mod outbox;
+mod run;
+mod uplink;
+
+pub use run::run;

@@ -1,1 +1,31 @@
-fn main() {}
+//! Entrypoint of a builder image: runs the build command and phones its output home.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use phonehome_agent::{
+    config::{Args, Config, ProxySettings},
+    console::Console,
+    failure::Failure,
+};
+use tracing::error;
+
+fn main() -> ExitCode {
+    let args = match Args::try_parse() {
+        Ok(args) => args,
+        Err(usage) => return phonehome_agent::config::explain(&usage),
+    };
+    let console = Console::default();
+    phonehome_agent::log::init(args.log_format, args.log_level, console.clone());
+    let proxy = ProxySettings::read(|name| std::env::var(name).ok());
+    let result = Config::try_from_args(args, &proxy)
+        .map_err(Failure::from)
+        .and_then(|config| phonehome_agent::run(config, &console));
+    let code = result.unwrap_or_else(|failure| {
+        let code = failure.exit_code();
+        error!("{:#}", anyhow::Error::from(failure));
+        code
+    });
+    console.finish();
+    ExitCode::from(code)
+}

@@ -1,0 +1,162 @@
+//! Whom to believe at the other end: a pinned key, given roots, or the system's.
+
+use std::{io, path::PathBuf, sync::Arc};
+
+use rustls::{
+    CertificateError, ClientConfig, DigitallySignedStruct, OtherError, RootCertStore, SignatureScheme,
+    client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+    crypto::{CryptoProvider, ring, verify_tls12_signature, verify_tls13_signature},
+    pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime, pem::PemObject},
+    server::ParsedCertificate,
+};
+use sha2::{Digest, Sha256};
+use tokio::net::TcpStream;
+use tokio_rustls::{TlsConnector, client::TlsStream};
+
+use crate::config::Trust;
+
+/// Makes TLS connections; reads its files and roots at the first one.
+pub(super) struct Connector {
+    trust: Trust,
+    ready: Option<TlsConnector>,
+}
+
+/// Why there is no encrypted connection.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum TlsError {
+    #[error("{} holds no certificate", .0.display())]
+    Empty(PathBuf),
+    #[error("cannot use {}", .0.display())]
+    File(PathBuf, #[source] rustls::pki_types::pem::Error),
+    #[error("the TLS handshake failed")]
+    Handshake(#[source] io::Error),
+    #[error("{0:?} is not a name a certificate can be for")]
+    Name(String),
+    #[error("the TLS settings cannot be used")]
+    Settings(#[source] rustls::Error),
+}
+
+impl TlsError {
+    /// Everything but a handshake that the network may have broken.
+    pub(super) fn is_fatal(&self) -> bool {
+        match self {
+            Self::Handshake(error) => {
+                let cause = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
+                matches!(cause, Some(rustls::Error::InvalidCertificate(_)))
+            }
+            Self::Empty(_) | Self::File(..) | Self::Name(_) | Self::Settings(_) => true,
+        }
+    }
+}
+
+impl Connector {
+    pub(super) fn new(trust: Trust) -> Self {
+        Self { trust, ready: None }
+    }
+
+    pub(super) async fn connect(&mut self, host: &str, tcp: TcpStream) -> Result<TlsStream<TcpStream>, TlsError> {
+        let name = ServerName::try_from(host.to_owned()).map_err(|_| TlsError::Name(host.to_owned()))?;
+        let connector = match &self.ready {
+            Some(connector) => connector,
+            None => self.ready.insert(Arc::new(client_config(&self.trust)?).into()),
+        };
+        connector.connect(name, tcp).await.map_err(TlsError::Handshake)
+    }
+}
+
+fn client_config(trust: &Trust) -> Result<ClientConfig, TlsError> {
+    let provider = Arc::new(ring::default_provider());
+    let builder = ClientConfig::builder_with_provider(provider.clone())
+        .with_safe_default_protocol_versions()
+        .map_err(TlsError::Settings)?;
+    let builder = match trust.pin {
+        Some(pin) => builder.dangerous().with_custom_certificate_verifier(Arc::new(Pinned { pin, provider })),
+        None => builder.with_root_certificates(roots(trust)?),
+    };
+    let Some((cert, key)) = &trust.client else { return Ok(builder.with_no_client_auth()) };
+    let file = |path: &PathBuf| {
+        let path = path.clone();
+        move |error| TlsError::File(path, error)
+    };
+    let key = PrivateKeyDer::from_pem_file(key).map_err(file(key))?;
+    builder.with_client_auth_cert(certificates(cert)?, key).map_err(TlsError::Settings)
+}
+
+fn certificates(path: &PathBuf) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+    let file = |error| TlsError::File(path.clone(), error);
+    let all: Vec<_> = CertificateDer::pem_file_iter(path).map_err(file)?.collect::<Result<_, _>>().map_err(file)?;
+    if all.is_empty() { Err(TlsError::Empty(path.clone())) } else { Ok(all) }
+}
+
+/// The given file's, else the system's, else, in an image that has none, the ones built in.
+fn roots(trust: &Trust) -> Result<RootCertStore, TlsError> {
+    let mut roots = RootCertStore::empty();
+    match &trust.ca {
+        Some(path) => {
+            for certificate in certificates(path)? {
+                roots.add(certificate).map_err(TlsError::Settings)?;
+            }
+        }
+        None => {
+            roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+            if roots.is_empty() {
+                roots.extend(webpki_roots::TLS_SERVER_ROOTS.iter().cloned());
+            }
+        }
+    }
+    Ok(roots)
+}
+
+/// Believes exactly one public key, whatever the certificate around it says. The handshake's signature is still
+/// checked: it proves that the server has the private key.
+#[derive(Debug)]
+struct Pinned {
+    pin: [u8; 32],
+    provider: Arc<CryptoProvider>,
+}
+
+impl ServerCertVerifier for Pinned {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        _intermediates: &[CertificateDer<'_>],
+        _server_name: &ServerName<'_>,
+        _ocsp_response: &[u8],
+        _now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        let key = ParsedCertificate::try_from(end_entity)?.subject_public_key_info();
+        if Sha256::digest(&key)[..] == self.pin {
+            Ok(ServerCertVerified::assertion())
+        } else {
+            let other = WrongKey(phonehome_proto::id::Digest(Sha256::digest(&key).into()));
+            Err(CertificateError::Other(OtherError(Arc::new(other))).into())
+        }
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls12_signature(message, cert, dss, &self.provider.signature_verification_algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls13_signature(message, cert, dss, &self.provider.signature_verification_algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.provider.signature_verification_algorithms.supported_schemes()
+    }
+}
+
+/// The server has another key than the pinned one.
+#[derive(Debug, thiserror::Error)]
+#[error("the server's public key is sha256:{0}, which is not the pinned one")]
+struct WrongKey(phonehome_proto::id::Digest);
