@@ -60,7 +60,7 @@ pub(crate) enum Delivery {
 #[derive(Debug, thiserror::Error)]
 enum Hangup {
     #[error("the server closed the connection: {0} {1}")]
-    Closed(u16, String),
+    Closed(u16, String, bool),
     #[error("the server was silent for {} s", phonehome_proto::limits::DEAD_AFTER.as_secs())]
     Dead,
     #[error("the server is about to go")]
@@ -75,7 +75,7 @@ impl Hangup {
     /// Whether coming back is pointless.
     fn is_fatal(&self) -> bool {
         match self {
-            Self::Closed(code, _) => close::is_fatal(*code),
+            Self::Closed(code, _, was_welcomed) => !close::may_return(*code, *was_welcomed),
             Self::Violation(_) => true,
             Self::Dead | Self::Draining | Self::Socket(_) => false,
         }
@@ -169,7 +169,10 @@ impl Uplink {
             heartbeat.heard(Instant::now().into_std());
             match incoming {
                 Incoming::Writable | Incoming::Alive => {}
-                Incoming::Closed(code, reason) => return Err(Hangup::Closed(code, reason)),
+                Incoming::Closed(code, reason) => {
+                    let was_welcomed = self.outbox.with(|sender| sender.is_welcomed());
+                    return Err(Hangup::Closed(code, reason, was_welcomed));
+                }
                 Incoming::Frame(frame) => {
                     if let Some(delivery) = self.handle_frame(frame, socket)? {
                         return Ok(delivery);

@@ -55,6 +55,18 @@ impl Attempts {
         Ok(Lease { attempt: self.lives.len() as Attempt, new, connection: self.connection })
     }
 
+    /// Takes back an attempt that could not be stored. Its lease is void.
+    pub fn undo(&mut self) {
+        self.lives.pop();
+        self.connection += 1;
+    }
+
+    /// Whether the newest attempt is this producer's.
+    #[must_use]
+    pub fn is_newest(&self, producer: ProducerId) -> bool {
+        self.lives.last() == Some(&producer)
+    }
+
     /// Whether the holder of `lease` may still write.
     #[must_use]
     pub fn is_current(&self, lease: Lease) -> bool {

@@ -74,6 +74,14 @@ pub fn is_fatal(number: u16) -> bool {
     (4000..4100).contains(&number)
 }
 
+/// Whether an agent that was closed with this number may come back with its log. 4002 leaves a doubt: a hello of its own
+/// that was long under way may have displaced its newer connection. Once welcomed, it asks again; an agent that a newer
+/// attempt has displaced is then told so in place of a welcome, and that is final.
+#[must_use]
+pub fn may_return(number: u16, was_welcomed: bool) -> bool {
+    !is_fatal(number) || number == CloseCode::Superseded.number() && was_welcomed
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -86,6 +94,9 @@ mod tests {
             assert_eq!(CloseCode::from_number(number).unwrap().number(), number);
             assert_eq!(is_fatal(number), fatal, "{number}");
         }
+        assert!(
+            may_return(4002, true) && !may_return(4002, false) && !may_return(4000, true) && may_return(4100, false)
+        );
         assert_eq!(CloseCode::from_number(4042), None);
         assert!(is_fatal(4042) && !is_fatal(1006) && !is_fatal(4200));
     }

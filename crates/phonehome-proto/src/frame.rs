@@ -175,7 +175,7 @@ pub struct Finished {
 
 /// How a command ended.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub enum End {
     /// It exited with this code.
     Exited(u8),
@@ -256,13 +256,13 @@ impl Counts {
     /// Bytes of standard output and standard error together.
     #[must_use]
     pub fn output_bytes(&self) -> u64 {
-        self.stdout.bytes + self.stderr.bytes
+        self.stdout.bytes.saturating_add(self.stderr.bytes)
     }
 
     /// Records of all streams.
     #[must_use]
     pub fn records(&self) -> u64 {
-        self.stdout.records + self.stderr.records + self.event.records
+        self.stdout.records.saturating_add(self.stderr.records).saturating_add(self.event.records)
     }
 }
 
@@ -385,7 +385,7 @@ pub enum FinishedAck {
     Complete,
     /// Accepted, but something is missing, and this is what.
     Incomplete(String),
-    /// Not accepted: send from here, then FINISHED again.
+    /// Not accepted: everything below is durable, send from here, then FINISHED again.
     Resume(u64),
 }
 

@@ -24,7 +24,7 @@ pub struct Receiver {
 pub enum Ending {
     /// Store it, then answer with this.
     Accept(FinishedAck),
-    /// It is stored already: answer the same again.
+    /// It was accepted before: answer the same again, once it is stored.
     Repeat(FinishedAck),
     /// Records are missing: answer so and store nothing.
     Resume(FinishedAck),
@@ -144,10 +144,12 @@ impl Receiver {
         }
         records.drain(..known);
         self.check_room(records)?;
+        let mut received = self.received.clone();
         for record in records.iter() {
-            self.check(record)?;
-            self.received.add(record);
+            self.check(record, &received)?;
+            received.add(record);
         }
+        self.received = received;
         Ok(())
     }
 
@@ -158,14 +160,14 @@ impl Receiver {
         if unacked + more > MAX_WINDOW + MAX_MESSAGE as u64 { Err(AgentViolation::Flooded) } else { Ok(()) }
     }
 
-    fn check(&self, record: &Record) -> Result<(), AgentViolation> {
+    fn check(&self, record: &Record, received: &Tally) -> Result<(), AgentViolation> {
         if self.finished.is_some() {
             return Err(AgentViolation::AfterFinished(record.seq));
         }
-        if record.seq != self.next() {
-            return Err(AgentViolation::OutOfOrder { got: record.seq, expected: self.next() });
+        if record.seq != received.next() {
+            return Err(AgentViolation::OutOfOrder { got: record.seq, expected: received.next() });
         }
-        if self.received.expects(record) { Ok(()) } else { Err(AgentViolation::WrongOffset(record.seq)) }
+        if received.expects(record) { Ok(()) } else { Err(AgentViolation::WrongOffset(record.seq)) }
     }
 
     /// The store has made everything below `next`, with `bytes` of payload in all, durable.
@@ -184,7 +186,8 @@ impl Receiver {
             return if *known == finished { Ok(Ending::Repeat(answer.clone())) } else { Err(AgentViolation::OtherEnd) };
         }
         if finished.next > self.next() {
-            return Ok(Ending::Resume(FinishedAck::Resume(self.next())));
+            // Not `next`: the agent forgets what is below.
+            return Ok(Ending::Resume(FinishedAck::Resume(self.durable)));
         }
         if finished.next < self.next() {
             return Err(AgentViolation::OtherEnd);
@@ -267,8 +270,9 @@ mod tests {
     #[test]
     fn rule_2_finished_before_its_records_asks_for_them() {
         let (mut receiver, _) = with_records(2);
+        receiver.handle_durable(1, 3);
         let early = Finished { next: 5, ..end_of(&receiver) };
-        assert_eq!(receiver.handle_finished(early), Ok(Ending::Resume(FinishedAck::Resume(2))));
+        assert_eq!(receiver.handle_finished(early), Ok(Ending::Resume(FinishedAck::Resume(1))));
         assert!(receiver.finished().is_none());
     }
 
@@ -317,6 +321,16 @@ mod tests {
             let ending = receiver.clone().handle_finished(finished);
             assert_eq!(matches!(ending, Ok(Ending::Accept(FinishedAck::Complete))), complete);
         }
+    }
+
+    #[test]
+    fn a_refused_message_leaves_no_trace() {
+        let (mut receiver, stored) = with_records(1);
+        let good = output(1, 3, "abc");
+        let refused = receiver.handle_records(&mut vec![good.clone(), output(2, 7, "x")], crc_of(&stored));
+        assert_eq!((refused, receiver.next()), (Err(AgentViolation::WrongOffset(2)), 1));
+        receiver.handle_records(&mut vec![good], crc_of(&stored)).unwrap();
+        assert_eq!(receiver.tally().digest().0, *blake3::hash(b"abcabc").as_bytes());
     }
 
     #[test]

@@ -22,6 +22,8 @@ pub struct Sender {
     oldest: u64,
     cost: u64,
     sent: u64,
+    /// The highest `sent` of all connections: what the server may have.
+    reached: u64,
     in_flight: u64,
     window: u64,
     finished: Option<Finished>,
@@ -87,6 +89,7 @@ impl Default for Sender {
             oldest: 0,
             cost: 0,
             sent: 0,
+            reached: 0,
             in_flight: 0,
             window: WINDOW,
             finished: None,
@@ -138,6 +141,12 @@ impl Sender {
         self.phase == Phase::Done
     }
 
+    /// Whether the server has welcomed this connection.
+    #[must_use]
+    pub fn is_welcomed(&self) -> bool {
+        matches!(self.phase, Phase::Streaming { .. } | Phase::Done)
+    }
+
     /// A connection is open and the hello is on its way.
     pub fn handle_connected(&mut self) {
         if !self.is_done() {
@@ -175,6 +184,7 @@ impl Sender {
         self.check_range(welcome.next, self.next())?;
         self.forget_below(welcome.next);
         self.sent = welcome.next;
+        self.reached = self.reached.max(welcome.next);
         self.in_flight = 0;
         self.window = welcome.window;
         self.phase = Phase::Streaming { finished_sent: false };
@@ -187,8 +197,10 @@ impl Sender {
         };
         self.window = ack.window;
         if ack.next > self.oldest {
-            self.check_range(ack.next, self.sent)?;
-            self.in_flight -= self.forget_below(ack.next);
+            // What an earlier connection carried may become durable before it is sent again on this one.
+            self.check_range(ack.next, self.reached)?;
+            self.in_flight = self.in_flight.saturating_sub(self.forget_below(ack.next));
+            self.sent = self.sent.max(ack.next);
         }
         Ok(Order::Nothing)
     }
@@ -261,6 +273,7 @@ impl Sender {
             count += 1;
         }
         self.sent += count as u64;
+        self.reached = self.reached.max(self.sent);
         match count {
             0 => None,
             1 => Some(Outgoing::Message(self.held[start].message.clone())),
@@ -314,6 +327,20 @@ mod tests {
         sender.handle_frame(ack(1)).unwrap();
         assert_eq!((sender.oldest(), sender.next()), (2, 3));
         assert!(sender.handle_frame(ack(4)).is_err());
+    }
+
+    #[test]
+    fn rule_2_what_an_earlier_connection_carried_may_be_acknowledged_on_the_next() {
+        let mut sender = streaming(4, 0);
+        assert_eq!(sent(&mut sender), [0, 1, 2, 3]);
+        sender.push(record(4, 10));
+        sender.handle_disconnected();
+        sender.handle_connected();
+        sender.handle_frame(welcome(1)).unwrap();
+        sender.handle_frame(ack(3)).unwrap();
+        assert_eq!((sender.oldest(), sent(&mut sender)), (3, vec![3, 4]));
+        assert_eq!(sender.in_flight, sender.cost());
+        assert!(sender.handle_frame(ack(6)).is_err());
     }
 
     #[test]

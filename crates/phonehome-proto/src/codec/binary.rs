@@ -237,7 +237,8 @@ fn records(head: RecordsHead, mut payload: Bytes) -> Result<Vec<Record>, DecodeE
         return Err(DecodeError::RecordCount(count));
     }
     let mut records = Vec::with_capacity(count);
-    for (seq, record) in (head.first..).zip(head.records) {
+    // The numbers come second: nobody asks for the one after the last.
+    for (record, seq) in head.records.into_iter().zip(head.first..) {
         if record.len as usize > MAX_PAYLOAD {
             return Err(DecodeError::TooLong(u64::from(record.len)));
         }

@@ -1,7 +1,8 @@
 //! `phonehome.v1.json`: the same frames as one JSON object per text message, told apart by `type`.
 //!
-//! A record carries `text` (UTF-8) or `data` (base64, RFC 4648 section 4, padded). Its `crc` may be left out: then the
-//! checksum is made on arrival, and TCP's and TLS's own are all that guards the way.
+//! A record carries `text` (UTF-8) or `data` (base64, RFC 4648 section 4, padded); here `data` is written for what is
+//! not UTF-8, and for what is rich in control characters, which JSON makes six times as long. Its `crc` may be left
+//! out: then the checksum is made on arrival, and TCP's and TLS's own are all that guards the way.
 
 use base64::{Engine, prelude::BASE64_STANDARD};
 use bytes::Bytes;
@@ -58,6 +59,7 @@ enum ServerText {
 }
 
 #[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct FinishedAckText {
     outcome: FinishedAck,
 }
@@ -101,10 +103,16 @@ fn encode(frame: &impl Serialize) -> Result<String, EncodeError> {
 }
 
 fn record_text(record: &Record) -> RecordText {
-    let text = std::str::from_utf8(&record.payload).ok().map(str::to_owned);
+    let text = std::str::from_utf8(&record.payload).ok().filter(|text| is_readable(text)).map(str::to_owned);
     let data = text.is_none().then(|| BASE64_STANDARD.encode(&record.payload));
     let Record { time, stream, offset, crc, .. } = *record;
     RecordText { time, stream, offset, crc: Some(crc), text, data }
+}
+
+/// Whether at most a quarter is written as `\u0000`, so that the longest record still fits a message.
+fn is_readable(text: &str) -> bool {
+    let is_long = |byte: &u8| *byte < b' ' && !matches!(byte, b'\n' | b'\r' | b'\t' | 0x08 | 0x0c);
+    text.as_bytes().iter().filter(|byte| is_long(byte)).count() * 4 <= text.len()
 }
 
 /// Reads what an agent sent.
@@ -149,7 +157,8 @@ fn records(text: RecordsText) -> Result<Vec<Record>, DecodeError> {
     if !(1..=MAX_RECORDS).contains(&count) || text.first.checked_add(count as u64).is_none() {
         return Err(DecodeError::RecordCount(count));
     }
-    (text.first..).zip(text.records).map(|(seq, record)| record_from(seq, record)).collect()
+    // The numbers come second: nobody asks for the one after the last.
+    text.records.into_iter().zip(text.first..).map(|(record, seq)| record_from(seq, record)).collect()
 }
 
 fn record_from(seq: u64, record: RecordText) -> Result<Record, DecodeError> {
@@ -188,7 +197,20 @@ mod tests {
 
     #[test]
     fn unknown_members_are_refused() {
-        assert!(matches!(decode_server(r#"{"type":"ping","id":1,"x":2}"#), Err(DecodeError::BadText(_))));
-        assert!(matches!(decode_server(r#"{"type":"pang","id":1}"#), Err(DecodeError::BadText(_))));
+        let finished = r#"{"type":"finished-ack","outcome":"complete","x":2}"#;
+        for text in [r#"{"type":"ping","id":1,"x":2}"#, r#"{"type":"pang","id":1}"#, finished] {
+            assert!(matches!(decode_server(text), Err(DecodeError::BadText(_))), "{text}");
+        }
+        let end = r#"{"signalled":{"signal":9,"core":false,"oom":false,"x":2}}"#;
+        assert!(serde_json::from_str::<crate::frame::End>(end).is_err());
+    }
+
+    #[test]
+    fn the_longest_record_fits_a_message_whatever_its_bytes() {
+        for pattern in [&b"a"[..], b"\"", b"\n", b"\0", b"\xff", b"\x1b\"\"\"", b"\x1b[m", "ä".as_bytes()] {
+            let payload: Vec<_> = pattern.iter().copied().cycle().take(MAX_PAYLOAD).collect();
+            let frame = AgentFrame::Records(vec![Record::new(0, 0, Stream::Stdout, 0, payload.into())]);
+            assert_eq!(decode_agent(&encode_agent(&frame).unwrap()).unwrap(), frame);
+        }
     }
 }

@@ -1,0 +1,410 @@
+//! One agent's socket, from its hello to its end.
+
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
+
+use futures_util::{SinkExt, StreamExt};
+use phonehome_proto::{
+    close::CloseCode,
+    codec::{Codec, DecodeError, EncodeError, Message},
+    frame::{Ack, AgentFrame, Cancel, Finished, FinishedAck, Hello, Ping, Record, ServerFrame, Welcome},
+    heartbeat::{Beat, Heartbeat},
+    limits::{
+        ACK_BYTES, ACK_DELAY, HEARTBEAT, HELLO_TIMEOUT, MAX_CLOSE_REASON, MAX_MESSAGE, MAX_PAYLOAD, MAX_WINDOW,
+        MIN_WINDOW, WINDOW,
+    },
+    receiver::{AgentViolation, Ending},
+};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    time::{Instant, sleep_until, timeout, timeout_at},
+};
+use tokio_tungstenite::{
+    WebSocketStream,
+    tungstenite::{self, error::CapacityError, protocol::CloseFrame},
+};
+use tracing::{debug, info, trace, warn};
+
+use crate::{
+    builds::{Build, Refusal, Seat, expiry},
+    server::Shared,
+    store::Stuck,
+};
+
+/// A socket whose peer has shown a build's token.
+pub(crate) struct Connection<S> {
+    socket: WebSocketStream<S>,
+    codec: Codec,
+    build: Arc<Build>,
+    shared: Arc<Shared>,
+}
+
+/// Why a connection ended.
+#[derive(Debug, thiserror::Error)]
+enum Hangup {
+    #[error("closed by the agent")]
+    Closed,
+    #[error("the agent was silent for too long")]
+    Dead,
+    #[error("the agent sent a bad frame")]
+    Decode(#[from] DecodeError),
+    #[error("a frame cannot be sent")]
+    Encode(#[from] EncodeError),
+    #[error("no hello in time")]
+    NoHello,
+    #[error("{1}")]
+    Refused(CloseCode, String),
+    #[error("the server shuts down")]
+    ShuttingDown,
+    #[error("the connection broke")]
+    Socket(#[from] tungstenite::Error),
+    #[error("storage is not available")]
+    Storage,
+    #[error("a newer connection of this step has taken over")]
+    Superseded,
+    #[error("the agent sent {0} at the wrong time")]
+    Unexpected(&'static str),
+    #[error("the agent broke the protocol")]
+    Violation(#[from] AgentViolation),
+}
+
+impl From<Stuck> for Hangup {
+    fn from(_: Stuck) -> Self {
+        Self::Storage
+    }
+}
+
+impl From<Refusal> for Hangup {
+    fn from(refusal: Refusal) -> Self {
+        Self::Refused(refusal.code, refusal.reason)
+    }
+}
+
+impl Hangup {
+    /// What to tell the agent; `None` when nobody listens any more.
+    fn close_code(&self) -> Option<u16> {
+        let code = match self {
+            Self::Closed | Self::Dead => return None,
+            Self::Socket(tungstenite::Error::Capacity(CapacityError::MessageTooLong { .. })) => CloseCode::TooLarge,
+            Self::Socket(tungstenite::Error::Protocol(_) | tungstenite::Error::Utf8(_)) => CloseCode::Protocol,
+            Self::Socket(_) => return None,
+            Self::ShuttingDown => return Some(GOING_AWAY),
+            Self::Refused(code, _) => *code,
+            Self::Decode(DecodeError::TooLarge(_)) => CloseCode::TooLarge,
+            Self::Decode(_) | Self::Encode(_) | Self::Unexpected(_) | Self::Violation(_) => CloseCode::Protocol,
+            Self::NoHello => CloseCode::HelloTimeout,
+            Self::Storage => CloseCode::StorageUnavailable,
+            Self::Superseded => CloseCode::Superseded,
+        };
+        Some(code.number())
+    }
+
+    /// Whether it belongs to the normal life of a connection, a network's cuts included.
+    fn is_ordinary(&self) -> bool {
+        match self {
+            Self::Closed | Self::Dead | Self::ShuttingDown | Self::Socket(_) | Self::Superseded => true,
+            Self::Decode(_) | Self::Encode(_) | Self::NoHello | Self::Refused(..) | Self::Storage => false,
+            Self::Unexpected(_) | Self::Violation(_) => false,
+        }
+    }
+
+    /// The whole chain in one line that fits a close frame.
+    fn reason(&self) -> String {
+        let mut reason = self.to_string();
+        let mut source = std::error::Error::source(self);
+        while let Some(cause) = source {
+            reason = format!("{reason}: {cause}");
+            source = cause.source();
+        }
+        let end = (0..=MAX_CLOSE_REASON.min(reason.len())).rev().find(|&at| reason.is_char_boundary(at));
+        reason.truncate(end.unwrap_or(0));
+        reason
+    }
+}
+
+/// Close code of an endpoint that goes away (RFC 6455, section 7.4.1).
+const GOING_AWAY: u16 = 1001;
+
+/// How long an agent may take to accept what is sent to it: no more than the silence after which it is dead.
+const SEND_TIMEOUT: Duration = phonehome_proto::limits::DEAD_AFTER;
+
+/// How long a closing handshake may take.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// All windows of a server together, bytes: what may wait in memory for the store.
+const WINDOW_BUDGET: u64 = 64 * 1024 * 1024;
+
+impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
+    pub(crate) fn new(socket: WebSocketStream<S>, codec: Codec, build: Arc<Build>, shared: Arc<Shared>) -> Self {
+        Self { socket, codec, build, shared }
+    }
+
+    /// Runs until either side has had enough.
+    pub(crate) async fn run(mut self) {
+        let hangup = match self.hello().await {
+            Ok(hello) => self.serve(hello).await,
+            Err(hangup) => hangup,
+        };
+        let reason = hangup.reason();
+        if hangup.is_ordinary() {
+            info!("disconnected: {reason}");
+        } else {
+            warn!("disconnected: {reason}");
+        }
+        if let Some(code) = hangup.close_code() {
+            drop(timeout(CLOSE_TIMEOUT, self.close(code, reason)).await); // a peer that does not answer is left alone
+        }
+    }
+
+    async fn hello(&mut self) -> Result<Hello, Hangup> {
+        let deadline = Instant::now() + HELLO_TIMEOUT;
+        loop {
+            let shutdown = self.shared.shutdown.clone();
+            let message = tokio::select! {
+                () = shutdown.cancelled() => return Err(Hangup::ShuttingDown),
+                message = timeout_at(deadline, self.socket.next()) => message.map_err(|_| Hangup::NoHello)?,
+            };
+            match self.decode(message)? {
+                Some(AgentFrame::Hello(hello)) => return Ok(hello),
+                Some(frame) => return Err(Hangup::Unexpected(name(&frame))),
+                None => {}
+            }
+        }
+    }
+
+    async fn serve(&mut self, hello: Hello) -> Hangup {
+        let step = hello.step.clone();
+        let seat = match self.build.seat(hello).await {
+            Ok(seat) => seat,
+            Err(refusal) => return refusal.into(),
+        };
+        let superseded = seat.superseded.clone();
+        self.shared.agents.fetch_add(1, Ordering::Relaxed);
+        let mut session = Session::new(seat);
+        let result = self.talk(&mut session).await;
+        self.shared.agents.fetch_sub(1, Ordering::Relaxed);
+        if session.answered && matches!(result, Err(Hangup::Closed)) {
+            self.build.handle_confirmed(&step);
+        }
+        self.build.leave(&step, &superseded);
+        result.err().unwrap_or(Hangup::Closed)
+    }
+
+    async fn talk(&mut self, session: &mut Session) -> Result<(), Hangup> {
+        self.send(ServerFrame::Welcome(self.welcome(session))).await?;
+        let superseded = session.seat.superseded.clone();
+        let shutdown = self.shared.shutdown.clone();
+        loop {
+            tokio::select! {
+                biased; // who may not go on first, then what is new, then what is due
+                () = superseded.cancelled() => return Err(Hangup::Superseded),
+                () = shutdown.cancelled() => return Err(Hangup::ShuttingDown),
+                changed = session.seat.cancel.changed() => if changed.is_ok() {
+                    let cancel = session.seat.cancel.borrow_and_update().clone();
+                    if let Some(cancel) = cancel {
+                        self.send(ServerFrame::Cancel(cancel)).await?;
+                    }
+                },
+                changed = session.seat.opened.progress.changed() => {
+                    changed.map_err(|_| Hangup::Storage)?;
+                    self.handle_progress(session).await?;
+                }
+                message = self.socket.next() => {
+                    session.heartbeat.heard(Instant::now().into_std());
+                    if let Some(frame) = self.decode(message)? {
+                        self.handle_frame(frame, session).await?;
+                    }
+                }
+                () = expiry(session.ack_at) => self.acknowledge(session).await?,
+                () = sleep_until(session.heartbeat.poll_timeout().into()) => self.handle_beat(session).await?,
+            }
+        }
+    }
+
+    fn welcome(&self, session: &Session) -> Welcome {
+        Welcome {
+            attempt: session.seat.opened.writer.lease.attempt,
+            next: session.seat.opened.receiver.durable(),
+            durable: self.shared.store.durability().on_the_wire(),
+            window: WINDOW.min(self.window()),
+            heartbeat: HEARTBEAT.as_millis() as u64,
+            max_payload: MAX_PAYLOAD as u32,
+            max_message: MAX_MESSAGE as u32,
+            cancel: session.pending_cancel(),
+            server: concat!("phonehome-server/", env!("CARGO_PKG_VERSION")).into(),
+            capabilities: Vec::new(),
+        }
+    }
+
+    /// An even share of the budget.
+    fn window(&self) -> u64 {
+        let agents = self.shared.agents.load(Ordering::Relaxed).max(1);
+        (WINDOW_BUDGET / agents).clamp(MIN_WINDOW, MAX_WINDOW)
+    }
+
+    async fn handle_frame(&mut self, frame: AgentFrame, session: &mut Session) -> Result<(), Hangup> {
+        match frame {
+            AgentFrame::Hello(_) => Err(Hangup::Unexpected("Hello")),
+            AgentFrame::Records(records) => self.handle_records(records, session).await,
+            AgentFrame::Finished(finished) => self.handle_finished(finished, session).await,
+            AgentFrame::Pong(pong) => {
+                trace!(?pong, "alive");
+                Ok(())
+            }
+        }
+    }
+
+    async fn handle_records(&mut self, mut records: Vec<Record>, session: &mut Session) -> Result<(), Hangup> {
+        let opened = &mut session.seat.opened;
+        let files = &opened.writer.files;
+        opened.receiver.handle_records(&mut records, |seq| files.stored_crc(seq))?;
+        if records.is_empty() {
+            session.ack_soon(Instant::now()); // duplicates only: the agent has missed an acknowledgement
+            return Ok(());
+        }
+        if records.iter().any(|record| record.stream.is_output()) {
+            self.build.handle_output();
+        }
+        Ok(self.shared.store.append(&opened.writer, records, opened.receiver.tally()).await?)
+    }
+
+    async fn handle_finished(&mut self, finished: Finished, session: &mut Session) -> Result<(), Hangup> {
+        let opened = &mut session.seat.opened;
+        match opened.receiver.handle_finished(finished.clone())? {
+            Ending::Accept(answer) => Ok(self.shared.store.finish(&opened.writer, finished, answer).await?),
+            Ending::Repeat(_) => self.handle_progress(session).await,
+            Ending::Resume(answer) => self.send(ServerFrame::FinishedAck(answer)).await,
+        }
+    }
+
+    /// The store has got further.
+    async fn handle_progress(&mut self, session: &mut Session) -> Result<(), Hangup> {
+        let progress = session.seat.opened.progress.borrow_and_update().clone();
+        if progress.failed {
+            return Err(Hangup::Storage);
+        }
+        let receiver = &mut session.seat.opened.receiver;
+        receiver.handle_durable(progress.next, progress.bytes);
+        // An end from before this connection is answered when the agent tells it again, not before.
+        if let Some((finished, answer)) =
+            progress.finished.filter(|_| receiver.finished().is_some() && !session.answered)
+        {
+            return self.finish(finished, answer, session).await;
+        }
+        if progress.bytes.saturating_sub(session.acked_bytes) >= ACK_BYTES {
+            return self.acknowledge(session).await;
+        }
+        if progress.next > session.acked {
+            session.ack_soon(Instant::now());
+        }
+        Ok(())
+    }
+
+    async fn finish(&mut self, finished: Finished, answer: FinishedAck, session: &mut Session) -> Result<(), Hangup> {
+        let step = session.seat.opened.writer.files.step.clone();
+        self.build.handle_finished(&step, finished.end, answer.clone());
+        session.answered = true;
+        session.ack_at = None;
+        self.send(ServerFrame::FinishedAck(answer)).await
+    }
+
+    async fn acknowledge(&mut self, session: &mut Session) -> Result<(), Hangup> {
+        let progress = session.seat.opened.progress.borrow().clone();
+        session.ack_at = None;
+        session.acked = progress.next;
+        session.acked_bytes = progress.bytes;
+        let window = self.window();
+        self.send(ServerFrame::Ack(Ack { next: progress.next, window })).await
+    }
+
+    async fn handle_beat(&mut self, session: &mut Session) -> Result<(), Hangup> {
+        match session.heartbeat.handle_timeout(Instant::now().into_std()) {
+            Beat::Ask(id) => self.send(ServerFrame::Ping(Ping { id })).await,
+            Beat::Dead => Err(Hangup::Dead),
+            Beat::Wait => Ok(()),
+        }
+    }
+
+    /// A frame, or nothing for a message without meaning here.
+    fn decode(
+        &self,
+        message: Option<Result<tungstenite::Message, tungstenite::Error>>,
+    ) -> Result<Option<AgentFrame>, Hangup> {
+        let message = match message.ok_or(Hangup::Closed)?? {
+            tungstenite::Message::Binary(bytes) => Message::Binary(bytes),
+            tungstenite::Message::Text(text) => Message::Text(text.as_str().to_owned()),
+            tungstenite::Message::Close(_) => return Err(Hangup::Closed),
+            tungstenite::Message::Ping(_) | tungstenite::Message::Pong(_) | tungstenite::Message::Frame(_) => {
+                return Ok(None);
+            }
+        };
+        Ok(Some(self.codec.decode_agent(&message)?))
+    }
+
+    async fn send(&mut self, frame: ServerFrame) -> Result<(), Hangup> {
+        trace!(?frame, "sending");
+        let message = match self.codec.encode_server(&frame)? {
+            Message::Binary(bytes) => tungstenite::Message::Binary(bytes),
+            Message::Text(text) => tungstenite::Message::Text(text.into()),
+        };
+        timeout(SEND_TIMEOUT, self.socket.send(message)).await.map_err(|_| Hangup::Dead)??;
+        Ok(())
+    }
+
+    /// Says why, then reads on until the agent has heard it: closing with bytes unread would reset the connection and
+    /// the reason with it.
+    async fn close(&mut self, code: u16, reason: String) {
+        let frame = CloseFrame { code: code.into(), reason: reason.into() };
+        if let Err(error) = self.socket.close(Some(frame)).await {
+            debug!("cannot say goodbye: {error}");
+        }
+        while let Some(Ok(_)) = self.socket.next().await {}
+        let mut rest = [0; 4096];
+        while let Ok(1..) = tokio::io::AsyncReadExt::read(self.socket.get_mut(), &mut rest).await {}
+    }
+}
+
+/// What a connection knows about its attempt.
+struct Session {
+    seat: Seat,
+    heartbeat: Heartbeat,
+    acked: u64,
+    acked_bytes: u64,
+    ack_at: Option<Instant>,
+    /// Whether the end was stored and the agent told so.
+    answered: bool,
+}
+
+impl Session {
+    fn new(mut seat: Seat) -> Self {
+        let progress = seat.opened.progress.borrow_and_update().clone();
+        let jitter = getrandom::u32().map_or(0.5, |bits| f64::from(bits) / f64::from(u32::MAX));
+        Self {
+            heartbeat: Heartbeat::asking(Instant::now().into_std(), jitter),
+            acked: progress.next,
+            acked_bytes: progress.bytes,
+            ack_at: None,
+            answered: false,
+            seat,
+        }
+    }
+
+    fn ack_soon(&mut self, now: Instant) {
+        self.ack_at.get_or_insert(now + ACK_DELAY);
+    }
+
+    fn pending_cancel(&self) -> Option<Cancel> {
+        self.seat.cancel.borrow().clone()
+    }
+}
+
+fn name(frame: &AgentFrame) -> &'static str {
+    match frame {
+        AgentFrame::Hello(_) => "Hello",
+        AgentFrame::Records(_) => "Records",
+        AgentFrame::Finished(_) => "Finished",
+        AgentFrame::Pong(_) => "Pong",
+    }
+}

@@ -1,0 +1,271 @@
+//! From a TCP connection to a websocket: TLS, HTTP, and every reason to say no.
+
+use std::{convert::Infallible, io, net::SocketAddr, sync::Arc, time::Duration};
+
+use http::{
+    HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Version,
+    header::{
+        AUTHORIZATION, CONNECTION, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_PROTOCOL,
+        SEC_WEBSOCKET_VERSION, UPGRADE, WWW_AUTHENTICATE,
+    },
+};
+use http_body_util::Full;
+use hyper::{body::Incoming, service::service_fn, upgrade::OnUpgrade};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use phonehome_proto::{codec::Codec, limits::MAX_MESSAGE};
+use rustls::ServerConfig;
+use tokio::{
+    io::{AsyncRead, AsyncWrite, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::{sleep, timeout},
+};
+use tokio_rustls::TlsAcceptor;
+use tokio_tungstenite::{
+    WebSocketStream,
+    tungstenite::{
+        handshake::derive_accept_key,
+        protocol::{Role, WebSocketConfig},
+    },
+};
+use tokio_util::task::TaskTracker;
+use tracing::{Instrument, debug, info_span, warn};
+
+use crate::{builds::Build, connection::Connection, server::Shared};
+
+type Body = Full<bytes::Bytes>;
+
+/// Accepts connections until the server shuts down.
+pub(crate) struct Listener {
+    socket: TcpListener,
+    tls: Option<TlsAcceptor>,
+    shared: Arc<Shared>,
+    tasks: TaskTracker,
+    strangers: Arc<Semaphore>,
+}
+
+/// Sockets that have not shown a valid token yet. More wait in the system's accept queue.
+const MAX_STRANGERS: usize = 512;
+
+/// TLS handshake, and from there to the end of the request's headers.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Read buffer of an agent's socket, bytes: large enough that a block takes few system calls.
+const READ_BUFFER: usize = 64 * 1024;
+
+/// Pause after the system refused a connection, out of descriptors say.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+fn websocket_config() -> WebSocketConfig {
+    WebSocketConfig::default()
+        .read_buffer_size(READ_BUFFER)
+        .write_buffer_size(0)
+        .max_write_buffer_size(2 * MAX_MESSAGE)
+        .max_message_size(Some(MAX_MESSAGE))
+        .max_frame_size(Some(MAX_MESSAGE))
+}
+
+impl Listener {
+    pub(crate) fn new(
+        socket: TcpListener,
+        tls: Option<Arc<ServerConfig>>,
+        shared: Arc<Shared>,
+        tasks: TaskTracker,
+    ) -> Self {
+        let strangers = Arc::new(Semaphore::new(MAX_STRANGERS));
+        Self { socket, tls: tls.map(TlsAcceptor::from), shared, tasks, strangers }
+    }
+
+    pub(crate) async fn run(self) {
+        loop {
+            let Ok(permit) = self.strangers.clone().acquire_owned().await else { return };
+            let accepted = tokio::select! {
+                () = self.shared.shutdown.cancelled() => return,
+                accepted = self.socket.accept() => accepted,
+            };
+            match accepted {
+                Ok((tcp, peer)) => self.spawn(tcp, peer, permit),
+                Err(error) => {
+                    warn!("cannot accept a connection: {error}");
+                    sleep(ACCEPT_PAUSE).await;
+                }
+            }
+        }
+    }
+
+    fn spawn(&self, tcp: TcpStream, peer: SocketAddr, permit: OwnedSemaphorePermit) {
+        let visitor = Visitor { tls: self.tls.clone(), shared: self.shared.clone(), tasks: self.tasks.clone() };
+        let shutdown = self.shared.shutdown.clone();
+        let span = info_span!("agent", %peer);
+        self.tasks.spawn(
+            async move {
+                tokio::select! {
+                    result = visitor.serve(tcp) => if let Err(error) = result {
+                        debug!("the connection ended before it was one: {error}");
+                    },
+                    () = shutdown.cancelled() => {}
+                }
+                drop(permit);
+            }
+            .instrument(span),
+        );
+    }
+}
+
+/// Somebody who has not shown a token yet.
+struct Visitor {
+    tls: Option<TlsAcceptor>,
+    shared: Arc<Shared>,
+    tasks: TaskTracker,
+}
+
+impl Visitor {
+    async fn serve(self, tcp: TcpStream) -> io::Result<()> {
+        tcp.set_nodelay(true)?;
+        match &self.tls {
+            None => self.serve_http(tcp).await,
+            Some(_) if !speaks_tls(&tcp).await? => refuse_plain_http(tcp).await,
+            Some(acceptor) => {
+                let stream = timeout(HANDSHAKE_TIMEOUT, acceptor.accept(tcp)).await??;
+                self.serve_http(stream).await
+            }
+        }
+    }
+
+    async fn serve_http(self, stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static) -> io::Result<()> {
+        let service = service_fn(|request| std::future::ready(Ok::<_, Infallible>(self.answer(request))));
+        hyper::server::conn::http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(HANDSHAKE_TIMEOUT)
+            .max_buf_size(MAX_HEADERS)
+            .serve_connection(TokioIo::new(stream), service)
+            .with_upgrades()
+            .await
+            .map_err(io::Error::other)
+    }
+
+    fn answer(&self, request: Request<Incoming>) -> Response<Body> {
+        match request.uri().path() {
+            "/healthz" if matches!(*request.method(), Method::GET | Method::HEAD) => text(StatusCode::OK, "ok\n"),
+            "/healthz" => text(StatusCode::METHOD_NOT_ALLOWED, "only GET\n"),
+            path if path == AGENT_PATH || path.ends_with(AGENT_PATH) => {
+                self.upgrade(request).unwrap_or_else(|refused| refused)
+            }
+            _ => text(StatusCode::NOT_FOUND, "not found; agents connect to /v1/agent\n"),
+        }
+    }
+
+    /// Checks the handshake (RFC 6455, section 4.2.1), the version and the token, in that order.
+    #[expect(clippy::result_large_err, reason = "both sides are answers, made once per connection")]
+    fn upgrade(&self, mut request: Request<Incoming>) -> Result<Response<Body>, Response<Body>> {
+        let key = websocket_key(&request)?.clone();
+        let codec = codec(request.headers())?;
+        let build = self.build(request.headers())?;
+        let upgraded = hyper::upgrade::on(&mut request);
+        let connection = welcome(upgraded, codec, build, self.shared.clone());
+        self.tasks.spawn(connection.in_current_span());
+        let mut response = Response::new(Body::default());
+        *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
+        let headers = response.headers_mut();
+        headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
+        headers.insert(UPGRADE, HeaderValue::from_static("websocket"));
+        headers.insert(SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static(codec.subprotocol()));
+        if let Ok(accept) = HeaderValue::from_str(&derive_accept_key(key.as_bytes())) {
+            headers.insert(SEC_WEBSOCKET_ACCEPT, accept);
+        }
+        Ok(response)
+    }
+
+    #[expect(clippy::result_large_err, reason = "the error is an answer, made once per connection")]
+    fn build(&self, headers: &HeaderMap) -> Result<Arc<Build>, Response<Body>> {
+        let refused = |why| {
+            let mut response = text(StatusCode::UNAUTHORIZED, why);
+            response.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+            response
+        };
+        let header = headers.get(AUTHORIZATION).ok_or_else(|| refused("a bearer token is required\n"))?;
+        let (scheme, token) = header.to_str().ok().and_then(|value| value.split_once(' ')).unwrap_or_default();
+        if !scheme.eq_ignore_ascii_case("bearer") {
+            return Err(refused("a bearer token is required\n"));
+        }
+        self.shared.builds.by_token(token.trim()).ok_or_else(|| refused("the token is not valid here\n"))
+    }
+}
+
+/// Where agents connect, whatever prefix a proxy left in front of it.
+const AGENT_PATH: &str = "/v1/agent";
+
+/// Longest request head, bytes.
+const MAX_HEADERS: usize = 16 * 1024;
+
+#[expect(clippy::result_large_err, reason = "the error is an answer, made once per connection")]
+fn websocket_key(request: &Request<Incoming>) -> Result<&HeaderValue, Response<Body>> {
+    let headers = request.headers();
+    let names = |header, name: &str| {
+        headers
+            .get_all(header)
+            .iter()
+            .filter_map(|value| value.to_str().ok())
+            .any(|value| value.split(',').any(|item| item.trim().eq_ignore_ascii_case(name)))
+    };
+    let is_upgrade = request.method() == Method::GET
+        && request.version() == Version::HTTP_11
+        && names(CONNECTION, "upgrade")
+        && names(UPGRADE, "websocket");
+    if !is_upgrade {
+        return Err(text(StatusCode::BAD_REQUEST, "this is a websocket endpoint for phonehome agents\n"));
+    }
+    if !names(SEC_WEBSOCKET_VERSION, "13") {
+        let mut response = text(StatusCode::UPGRADE_REQUIRED, "websocket version 13 is required\n");
+        response.headers_mut().insert(SEC_WEBSOCKET_VERSION, HeaderValue::from_static("13"));
+        return Err(response);
+    }
+    headers.get(SEC_WEBSOCKET_KEY).ok_or_else(|| text(StatusCode::BAD_REQUEST, "Sec-WebSocket-Key is missing\n"))
+}
+
+#[expect(clippy::result_large_err, reason = "the error is an answer, made once per connection")]
+fn codec(headers: &HeaderMap) -> Result<Codec, Response<Body>> {
+    let offers = headers.get_all(SEC_WEBSOCKET_PROTOCOL).iter().filter_map(|value| value.to_str().ok());
+    offers.into_iter().find_map(Codec::negotiate).ok_or_else(|| {
+        text(StatusCode::BAD_REQUEST, "no common version: offer subprotocol phonehome.v1 or phonehome.v1.json\n")
+    })
+}
+
+fn text(status: StatusCode, text: &'static str) -> Response<Body> {
+    let mut response = Response::new(Body::from(text));
+    *response.status_mut() = status;
+    response
+}
+
+/// Runs an agent's connection once the upgrade is through.
+async fn welcome(upgraded: OnUpgrade, codec: Codec, build: Arc<Build>, shared: Arc<Shared>) {
+    match timeout(HANDSHAKE_TIMEOUT, upgraded).await {
+        Ok(Ok(upgraded)) => {
+            let stream = TokioIo::new(upgraded);
+            let socket = WebSocketStream::from_raw_socket(stream, Role::Server, Some(websocket_config())).await;
+            Connection::new(socket, codec, build, shared).run().await;
+        }
+        Ok(Err(error)) => debug!("the upgrade failed: {error}"),
+        Err(_) => debug!("the upgrade took too long"),
+    }
+}
+
+/// Whether the first byte is a TLS handshake record's (RFC 8446, section 5.1).
+async fn speaks_tls(tcp: &TcpStream) -> io::Result<bool> {
+    let mut first = [0];
+    let count = timeout(HANDSHAKE_TIMEOUT, tcp.peek(&mut first)).await??;
+    Ok(count == 0 || first[0] == 22)
+}
+
+async fn refuse_plain_http(mut tcp: TcpStream) -> io::Result<()> {
+    let answer = "HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\nContent-Length: 42\r\n\r\n\
+                  this port speaks TLS, use wss:// or https\n";
+    timeout(HANDSHAKE_TIMEOUT, async {
+        tcp.write_all(answer.as_bytes()).await?;
+        tcp.shutdown().await?;
+        // What the peer sent is read away, or the answer would be lost in a reset.
+        tokio::io::copy(&mut tokio::io::AsyncReadExt::take(&mut tcp, MAX_HEADERS as u64), &mut tokio::io::sink()).await
+    })
+    .await??;
+    Ok(())
+}

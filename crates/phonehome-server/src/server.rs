@@ -1,0 +1,245 @@
+//! A server and its tasks: one listener, one task per connection, one clock per build.
+
+use std::{io, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+
+use phonehome_proto::id::{BuildId, StepName};
+use tokio::{net::TcpListener, time::timeout};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use crate::{
+    builds::{Build, BuildLog, Builds, Clocks, Verdict},
+    identity::{Identity, IdentityError},
+    listener::Listener,
+    store::{Durability, Store},
+};
+
+/// Where and how to serve.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Address to bind; port 0 lets the system choose.
+    pub listen: SocketAddr,
+    /// Whether to speak TLS with a key made for this server alone. Without it the way must be trusted, or encrypted by
+    /// somebody in front.
+    pub tls: bool,
+    /// Where logs are kept.
+    pub data: PathBuf,
+    /// What an acknowledgement promises.
+    pub durability: Durability,
+}
+
+/// Why a server could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The address is not available.
+    #[error("cannot listen on {0}")]
+    Bind(SocketAddr, #[source] io::Error),
+    /// There is no key.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+    /// The data directory cannot be used.
+    #[error("cannot use {}", .0.display())]
+    Store(PathBuf, #[source] io::Error),
+}
+
+/// What every task of a server shares.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) builds: Builds,
+    pub(crate) store: Store,
+    /// Connections that have said hello, for dividing the windows.
+    pub(crate) agents: std::sync::atomic::AtomicU64,
+    pub(crate) shutdown: CancellationToken,
+}
+
+/// A running server. Dropping it stops its tasks without waiting for them; [`Server::shutdown`] is the polite way.
+#[derive(Debug)]
+pub struct Server {
+    shared: Arc<Shared>,
+    tasks: TaskTracker,
+    address: SocketAddr,
+    pin: Option<String>,
+}
+
+/// A build to wait for.
+#[derive(Debug, Clone)]
+pub struct Expected {
+    /// Its name.
+    pub id: BuildId,
+    /// Its steps; the build ends when all have.
+    pub steps: Vec<StepName>,
+    /// Its time limits.
+    pub clocks: Clocks,
+}
+
+impl Expected {
+    /// A build with the one step `main` and the default clocks.
+    #[must_use]
+    pub fn new(id: BuildId) -> Self {
+        Self { id, steps: vec![StepName::default()], clocks: Clocks::default() }
+    }
+}
+
+/// Why a build cannot be expected.
+#[derive(Debug, thiserror::Error)]
+pub enum ExpectError {
+    /// There is one of that name already.
+    #[error("build {0} is expected already")]
+    Known(BuildId),
+    /// A build has at least one step.
+    #[error("a build needs at least one step")]
+    NoSteps,
+    /// There is no source of randomness for a token.
+    #[error("cannot draw a token")]
+    Random(#[from] getrandom::Error),
+}
+
+/// A build that this server waits for.
+#[derive(Debug, Clone)]
+pub struct ExpectedBuild {
+    build: Arc<Build>,
+    token: Arc<str>,
+}
+
+/// How long connections get to end by themselves when the server shuts down.
+const DRAIN: Duration = Duration::from_secs(2);
+
+impl Server {
+    /// Binds, opens the store and starts to serve.
+    ///
+    /// # Errors
+    ///
+    /// When address, data directory or key cannot be had.
+    pub async fn spawn(config: Config) -> Result<Self, StartError> {
+        let identity = config.tls.then(Identity::generate).transpose()?;
+        let store =
+            Store::open(&config.data, config.durability).map_err(|e| StartError::Store(config.data.clone(), e))?;
+        let bind = |error| StartError::Bind(config.listen, error);
+        let socket = TcpListener::bind(config.listen).await.map_err(bind)?;
+        let address = socket.local_addr().map_err(bind)?;
+        let shared = Arc::new(Shared {
+            builds: Builds::default(),
+            store,
+            agents: std::sync::atomic::AtomicU64::new(0),
+            shutdown: CancellationToken::new(),
+        });
+        let tasks = TaskTracker::new();
+        let (tls, pin) = identity.map_or((None, None), |identity| (Some(identity.config), Some(identity.pin)));
+        tasks.spawn(Listener::new(socket, tls, shared.clone(), tasks.clone()).run());
+        Ok(Self { shared, tasks, address, pin })
+    }
+
+    /// The address that was bound.
+    #[must_use]
+    pub fn local_addr(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// The pin agents need, `sha256:HEX`; `None` without TLS.
+    #[must_use]
+    pub fn pin(&self) -> Option<&str> {
+        self.pin.as_deref()
+    }
+
+    /// The address for agents that can reach this server as `host`.
+    #[must_use]
+    pub fn url(&self, host: &str, port: u16) -> String {
+        let scheme = if self.pin.is_some() { "wss" } else { "ws" };
+        let host = if host.contains(':') && !host.starts_with('[') { format!("[{host}]") } else { host.to_owned() };
+        format!("{scheme}://{host}:{port}")
+    }
+
+    /// Starts to wait for a build: draws its token and starts its clocks.
+    ///
+    /// # Errors
+    ///
+    /// When the build is known already or has no steps, or no token can be drawn.
+    pub fn expect(&self, expected: Expected) -> Result<ExpectedBuild, ExpectError> {
+        if expected.steps.is_empty() {
+            return Err(ExpectError::NoSteps);
+        }
+        let token = draw_token()?;
+        let Expected { id, steps, clocks } = expected;
+        let build = Arc::new(Build::new(id.clone(), &token, steps, clocks, self.shared.store.clone()));
+        if !self.shared.builds.insert(build.clone()) {
+            return Err(ExpectError::Known(id));
+        }
+        let (watched, shutdown) = (build.clone(), self.shared.shutdown.clone());
+        self.tasks.spawn(async move {
+            tokio::select! {
+                () = watched.watch_clocks() => {}
+                () = shutdown.cancelled() => {}
+            }
+        });
+        Ok(ExpectedBuild { build, token: token.into() })
+    }
+
+    /// Waits, at most for `patience`, until every finished agent has seen that its log was accepted, then closes all
+    /// connections and ends every task.
+    pub async fn shutdown(self, patience: Duration) {
+        let confirmed = async {
+            for build in self.shared.builds.all() {
+                build.confirmed().await;
+            }
+        };
+        drop(timeout(patience, confirmed).await); // whoever did not hear it in time will say so itself
+        self.shared.shutdown.cancel();
+        self.tasks.close();
+        drop(timeout(DRAIN, self.tasks.wait()).await); // dropping the runtime ends what is left
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.shared.shutdown.cancel();
+    }
+}
+
+impl ExpectedBuild {
+    /// Its name.
+    #[must_use]
+    pub fn id(&self) -> &BuildId {
+        &self.build.id
+    }
+
+    /// The secret its agents need.
+    #[must_use]
+    pub fn token(&self) -> &str {
+        &self.token
+    }
+
+    /// Its log from the beginning. Every call gives a cursor of its own.
+    #[must_use]
+    pub fn log(&self) -> BuildLog {
+        self.build.log()
+    }
+
+    /// Waits for its verdict.
+    pub async fn verdict(&self) -> Verdict {
+        self.build.verdict().await
+    }
+
+    /// Whether any agent has said hello.
+    #[must_use]
+    pub fn was_connected(&self) -> bool {
+        self.build.was_connected()
+    }
+
+    /// Stops it: TERM to the command, KILL after the grace period. A second call does not wait for that.
+    pub fn cancel(&self, reason: &str) {
+        self.build.cancel(reason);
+    }
+
+    /// Stops it because something around it failed, its launcher say.
+    pub fn fail(&self, reason: &str) {
+        self.build.fail(reason);
+    }
+}
+
+/// 256 random bits behind a prefix that secret scanners can look for.
+fn draw_token() -> Result<String, getrandom::Error> {
+    let mut secret = [0; 32];
+    getrandom::fill(&mut secret)?;
+    Ok(format!("{TOKEN_PREFIX}{}", phonehome_proto::id::Digest(secret)))
+}
+
+const TOKEN_PREFIX: &str = "phonehome_build_";

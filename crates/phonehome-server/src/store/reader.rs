@@ -1,0 +1,70 @@
+//! Reading an attempt with a cursor, from its beginning to wherever it has got.
+
+use std::{fs::File, io, os::unix::fs::FileExt, sync::Arc};
+
+use bytes::Bytes;
+use phonehome_proto::frame::Record;
+
+use super::{
+    attempt::AttemptFiles,
+    index::{ENTRY, Entry},
+};
+
+/// A position in an attempt's log. Sees what is durable and nothing else.
+#[derive(Debug)]
+pub(crate) struct AttemptReader {
+    pub(crate) files: Arc<AttemptFiles>,
+    index: File,
+    log: File,
+    events: File,
+    entry: u64,
+}
+
+/// What a reader finds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Found {
+    /// A record.
+    Record(Record),
+    /// Records that were acknowledged once and are gone: how many.
+    Lost(u64),
+}
+
+impl AttemptReader {
+    pub(crate) fn open(files: Arc<AttemptFiles>) -> io::Result<Self> {
+        let open = |name| File::open(files.dir.join(name));
+        Ok(Self { index: open("index")?, log: open("log")?, events: open("events")?, files, entry: 0 })
+    }
+
+    /// The next record; `None` when there is none yet.
+    ///
+    /// # Errors
+    ///
+    /// When the files cannot be read, or do not hold what their index says.
+    pub(crate) fn next(&mut self) -> io::Result<Option<Found>> {
+        if self.entry >= self.files.progress.borrow().entries {
+            return Ok(None);
+        }
+        let mut wire = [0; ENTRY];
+        self.index.read_exact_at(&mut wire, self.entry * ENTRY as u64)?;
+        let found = match Entry::decode(&wire) {
+            Some(Entry::Hole { from, to }) => Found::Lost(to - from),
+            Some(Entry::Record { seq, time, stream, offset, position, len, crc }) => {
+                let mut payload = vec![0; len as usize];
+                let file = if stream.is_output() { &self.log } else { &self.events };
+                file.read_exact_at(&mut payload, position)?;
+                let record = Record { seq, time, stream, offset, crc, payload: Bytes::from(payload) };
+                if !record.is_intact() {
+                    return Err(damaged(&self.files));
+                }
+                Found::Record(record)
+            }
+            None => return Err(damaged(&self.files)),
+        };
+        self.entry += 1;
+        Ok(Some(found))
+    }
+}
+
+fn damaged(files: &AttemptFiles) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, format!("{} is damaged", files.dir.display()))
+}
