@@ -185,7 +185,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         let mut session = Session::new(seat);
         let result = self.talk(&mut session).await;
         self.shared.agents.fetch_sub(1, Ordering::Relaxed);
-        if session.answered && matches!(result, Err(Hangup::Closed)) {
+        if session.end == EndState::Answered && matches!(result, Err(Hangup::Closed)) {
             self.build.handle_confirmed(&step);
         }
         self.build.leave(&step, &superseded);
@@ -273,8 +273,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     async fn handle_finished(&mut self, finished: Finished, session: &mut Session) -> Result<(), Hangup> {
         let opened = &mut session.seat.opened;
         match opened.receiver.handle_finished(finished.clone())? {
-            Ending::Accept(answer) => Ok(self.shared.store.finish(&opened.writer, finished, answer).await?),
-            Ending::Repeat(_) => self.handle_progress(session).await,
+            Ending::Accept(answer) => {
+                session.end = EndState::Told;
+                Ok(self.shared.store.finish(&opened.writer, finished, answer).await?)
+            }
+            Ending::Repeat(_) => {
+                session.end = EndState::Told;
+                self.handle_progress(session).await
+            }
             Ending::Resume(answer) => self.send(ServerFrame::FinishedAck(answer)).await,
         }
     }
@@ -287,10 +293,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         }
         let receiver = &mut session.seat.opened.receiver;
         receiver.handle_durable(progress.next, progress.bytes);
-        // An end from before this connection is answered when the agent tells it again, not before.
-        if let Some((finished, answer)) =
-            progress.finished.filter(|_| receiver.finished().is_some() && !session.answered)
-        {
+        if let Some((finished, answer)) = progress.finished.filter(|_| session.end == EndState::Told) {
             return self.finish(finished, answer, session).await;
         }
         if progress.bytes.saturating_sub(session.acked_bytes) >= ACK_BYTES {
@@ -305,7 +308,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     async fn finish(&mut self, finished: Finished, answer: FinishedAck, session: &mut Session) -> Result<(), Hangup> {
         let step = session.seat.opened.writer.files.step.clone();
         self.build.handle_finished(&step, finished.end, answer.clone());
-        session.answered = true;
+        session.end = EndState::Answered;
         session.ack_at = None;
         self.send(ServerFrame::FinishedAck(answer)).await
     }
@@ -373,8 +376,16 @@ struct Session {
     acked: u64,
     acked_bytes: u64,
     ack_at: Option<Instant>,
-    /// Whether the end was stored and the agent told so.
-    answered: bool,
+    end: EndState,
+}
+
+/// How far the end of the log has got on this connection. An end from before it is answered when the agent tells it
+/// again, not before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum EndState {
+    Open,
+    Told,
+    Answered,
 }
 
 impl Session {
@@ -386,7 +397,7 @@ impl Session {
             acked: progress.next,
             acked_bytes: progress.bytes,
             ack_at: None,
-            answered: false,
+            end: EndState::Open,
             seat,
         }
     }

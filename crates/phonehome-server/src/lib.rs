@@ -1,13 +1,52 @@
-//! The server: receives builds that phone home.
+//! The server: receives builds that phone home, stores what they write and says how they ended.
 //!
-//! ```no_run
-//! # async fn example() -> anyhow::Result<()> {
-//! use phonehome_server::{Config, Durability, Expected, Server};
-//! # Ok(()) }
+//! `phonehome-server hook` is one use of this library; a receive hook of your own is another. A [`Server`] listens and
+//! stores, [`Server::expect`] starts to wait for a build and draws its token, [`ExpectedBuild::log`] reads what was
+//! stored from the beginning, however late and however often, and [`ExpectedBuild::verdict`] tells the end.
+//!
 //! ```
+//! use std::time::Duration;
+//!
+//! use phonehome_server::{Config, Durability, Expected, LogItem, Server};
+//!
+//! # tokio::runtime::Runtime::new()?.block_on(async {
+//! let logs = tempfile::tempdir()?;
+//! let config = Config {
+//!     listen: "127.0.0.1:0".parse()?,
+//!     tls: true,
+//!     data: logs.path().to_owned(),
+//!     durability: Durability::Os,
+//! };
+//! let server = Server::spawn(config).await?;
+//! let mut expected = Expected::new("build-42".parse()?);
+//! expected.clocks.connect = Some(Duration::from_millis(10));
+//! let build = server.expect(expected)?;
+//!
+//! // Hand these to whatever starts the builder.
+//! let url = server.url("127.0.0.1", server.local_addr().port());
+//! let (token, pin) = (build.token(), server.pin());
+//! # let _ = (url, token, pin);
+//!
+//! let mut log = build.log();
+//! while let Some(item) = log.next().await? {
+//!     if let LogItem::Record(found) = item {
+//!         println!("{} {} bytes", found.step, found.record.payload.len());
+//!     }
+//! }
+//! let verdict = build.verdict().await;
+//! assert_eq!(verdict.exit_code(), 124, "nobody phoned home in time");
+//! server.shutdown(Duration::from_secs(5)).await;
+//! # Ok::<(), Box<dyn std::error::Error>>(()) }).unwrap();
+//! ```
+//!
+//! `examples/receive_hook.rs` is a whole pre-receive hook.
 
 mod builds;
+#[cfg(feature = "cli")]
+pub mod cli;
 mod connection;
+#[cfg(feature = "cli")]
+mod hook;
 mod identity;
 mod listener;
 mod server;

@@ -131,8 +131,8 @@ impl fmt::Display for Outcome {
         match self {
             Self::Cancelled { reason } => write!(f, "cancelled: {reason}"),
             Self::Error { reason } => write!(f, "error: {reason}"),
-            Self::Failed { step, end } => write!(f, "step {step} failed: {}", Told(end)),
-            Self::Lost { step } => write!(f, "the agent of step {step} vanished and did not come back"),
+            Self::Failed { step, end } => write!(f, "failed: step {step}: {}", Told(end)),
+            Self::Lost { step } => write!(f, "lost: the agent of step {step} vanished and did not come back"),
             Self::Succeeded => f.write_str("succeeded"),
             Self::TimedOut { clock: Clock::NeverConnected } => f.write_str("timed out: nobody phoned home"),
             Self::TimedOut { clock: Clock::Idle } => f.write_str("timed out: the build wrote nothing for too long"),
@@ -149,9 +149,15 @@ impl fmt::Display for Told<'_> {
         match self.0 {
             End::Exited(code) => write!(f, "exit code {code}"),
             End::NotStarted { code, reason } => write!(f, "{reason} (exit code {code})"),
-            End::Signalled { signal, oom: true, .. } => write!(f, "out of memory, killed by signal {signal}"),
-            End::Signalled { signal, core: true, .. } => write!(f, "killed by signal {signal}, core dumped"),
-            End::Signalled { signal, .. } => write!(f, "killed by signal {signal}"),
+            End::Signalled { signal, oom: true, .. } => {
+                write!(f, "out of memory, killed by signal {signal} (exit code {})", self.0.code())
+            }
+            End::Signalled { signal, core: true, .. } => {
+                write!(f, "killed by signal {signal}, core dumped (exit code {})", self.0.code())
+            }
+            End::Signalled { signal, .. } => {
+                write!(f, "killed by signal {signal} (exit code {})", self.0.code())
+            }
         }
     }
 }

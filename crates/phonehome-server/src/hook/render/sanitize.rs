@@ -1,6 +1,6 @@
 //! Output of a build made safe for a person's terminal: text, line breaks, tabs and colour, nothing else.
 
-use super::{CSI, MAX_SGR, Sgr, find, is_sgr_parameter};
+use super::{CSI, MAX_SGR, find, is_sgr_parameter};
 
 /// Takes one stream's bytes, cut anywhere, and passes on what cannot drive a terminal.
 ///
@@ -15,8 +15,6 @@ pub(crate) struct Sanitizer {
     length: usize,
     /// The start of a character, or of a control sequence that may yet be a colour; at most [`MAX_SGR`] bytes.
     held: Vec<u8>,
-    /// Colours in force after what was passed on.
-    sgr: Sgr,
 }
 
 /// Where in the input the next byte is (ECMA-48, 5.3 to 5.6).
@@ -37,7 +35,7 @@ enum State {
 impl Sanitizer {
     /// At the start of a stream; without `color`, colours are removed as well.
     pub(crate) fn new(color: bool) -> Self {
-        Self { color, state: State::Text, length: 0, held: Vec::with_capacity(MAX_SGR), sgr: Sgr::default() }
+        Self { color, state: State::Text, length: 0, held: Vec::with_capacity(MAX_SGR) }
     }
 
     /// Appends to `out` what is safe in `bytes`.
@@ -61,11 +59,6 @@ impl Sanitizer {
             out.extend_from_slice(REPLACEMENT);
         }
         self.leave(0);
-    }
-
-    /// Whether a colour was passed on and not ended: whoever writes next needs `ESC[0m` first.
-    pub(crate) fn color_open(&self) -> bool {
-        self.sgr.is_open()
     }
 
     /// Takes text up to the next control byte, or that byte. Says how many bytes it used, as do the methods for the
@@ -177,7 +170,6 @@ impl Sanitizer {
     fn pass_color(&mut self, out: &mut Vec<u8>) {
         if self.color && !self.held.is_empty() {
             self.held.push(b'm');
-            self.sgr.apply(&self.held);
             out.extend_from_slice(&self.held);
         }
     }
@@ -368,19 +360,6 @@ mod tests {
             let color = format!("\x1b[{}m", "1".repeat(length - 3));
             assert_eq!(sanitize(true, &[color.as_bytes()]), if passes { &*color } else { "" });
         }
-    }
-
-    #[test]
-    fn an_open_colour_is_known() {
-        let mut sanitizer = Sanitizer::new(true);
-        let cases = [("\x1b[31", false), ("m", true), ("text\n", true), ("\x1b[1m\x1b[39m", true), ("\x1b[0m", false)];
-        for (input, is_open) in cases {
-            sanitizer.push(input.as_bytes(), &mut Vec::new());
-            assert_eq!(sanitizer.color_open(), is_open, "after {input:?}");
-        }
-        let mut colorless = Sanitizer::new(false);
-        colorless.push(b"\x1b[31m", &mut Vec::new());
-        assert!(!colorless.color_open());
     }
 
     proptest! {

@@ -1,0 +1,271 @@
+//! One push: launch a builder, print what it phones home, end as it does.
+
+mod address;
+mod launcher;
+mod lock;
+mod outlet;
+mod printer;
+mod render;
+mod screen;
+
+use std::{
+    ffi::OsString,
+    fs::{self, OpenOptions},
+    io::{self, Write},
+    net::SocketAddr,
+    os::unix::fs::OpenOptionsExt,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use anyhow::Context;
+use phonehome_proto::id::{BuildId, StepName};
+use tokio::{
+    signal::unix::{Signal, SignalKind, signal},
+    sync::mpsc,
+    time::timeout,
+};
+
+use self::{
+    launcher::{Launched, Launcher},
+    lock::Lock,
+    printer::{Gone, Printer},
+    screen::Screen,
+};
+pub(crate) use self::{
+    printer::{LogLines, Notice, complain, notices},
+    screen::{Choice, RenderChoice},
+};
+use crate::{Clock, Clocks, Config, Durability, Expected, ExpectedBuild, Outcome, Server, Verdict};
+
+/// Everything a hook needs, checked.
+#[derive(Debug)]
+pub(crate) struct HookConfig {
+    pub(crate) listen: SocketAddr,
+    /// Host, host and port, or address to tell the builder.
+    pub(crate) advertise: Option<String>,
+    pub(crate) tls: bool,
+    pub(crate) env_file: Option<PathBuf>,
+    pub(crate) build: BuildId,
+    pub(crate) steps: Vec<StepName>,
+    /// Where to keep the log; `None` for a temporary directory.
+    pub(crate) data: Option<PathBuf>,
+    pub(crate) lock: Option<PathBuf>,
+    pub(crate) clocks: Clocks,
+    pub(crate) on_hangup: OnHangup,
+    pub(crate) render: RenderChoice,
+    pub(crate) color: Choice,
+    pub(crate) keepalive: Option<Duration>,
+    pub(crate) launcher: Vec<OsString>,
+}
+
+/// What becomes of a build whose pusher is gone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum OnHangup {
+    Cancel,
+    Continue,
+}
+
+/// How long finished agents get to hear that they may go.
+const FAREWELL: Duration = Duration::from_secs(5);
+
+/// How long the last lines may take to be printed once the verdict is known.
+const LAST_LINES: Duration = Duration::from_secs(30);
+
+/// How long a launcher may go on after the build's end before it is terminated.
+const LAUNCHER_PATIENCE: Duration = Duration::from_secs(10);
+
+/// Runs one build and returns its exit code.
+pub(crate) async fn run(
+    config: HookConfig,
+    own_lines: mpsc::Sender<Notice>,
+    queue: mpsc::Receiver<Notice>,
+) -> anyhow::Result<u8> {
+    let _lock = config.lock.as_deref().map(|path| Lock::acquire(path, &config.build)).transpose()?;
+    let signals = Hangups::catch()?;
+    let temporary =
+        if config.data.is_none() { Some(tempfile::tempdir().context("no place for the log")?) } else { None };
+    let data = config.data.clone().or_else(|| temporary.as_ref().map(|dir| dir.path().to_owned())).unwrap_or_default();
+    let durability = if config.data.is_some() { Durability::Fsync } else { Durability::Os };
+    let server = Server::spawn(Config { listen: config.listen, tls: config.tls, data, durability }).await?;
+    let clocks = config.clocks.clone();
+    let build = server.expect(Expected { id: config.build.clone(), steps: config.steps.clone(), clocks })?;
+    let url = address::advertised(config.advertise.as_deref(), &server)?;
+    let variables = variables(&url, &build, &server);
+    let _env_file = config.env_file.as_deref().map(|path| EnvFile::create(path, &variables)).transpose()?;
+
+    let screen = Screen::open(config.render, config.color, config.steps.len() > 1);
+    let printer = Printer::new(build.log(), screen, queue, config.keepalive);
+    let launcher = Launcher::start(&config.launcher, &variables, own_lines.clone());
+    let push = Push { build: &build, on_hangup: config.on_hangup, signals, own_lines, url };
+    let code = push.run(launcher, printer).await;
+    server.shutdown(FAREWELL).await;
+    Ok(code)
+}
+
+/// What the builder is told.
+fn variables(url: &str, build: &ExpectedBuild, server: &Server) -> Vec<(&'static str, String)> {
+    let mut variables = vec![
+        ("PHONEHOME_URL", url.to_owned()),
+        ("PHONEHOME_BUILD", build.id().to_string()),
+        ("PHONEHOME_TOKEN", build.token().to_owned()),
+    ];
+    variables.extend(server.pin().map(|pin| ("PHONEHOME_PIN", pin.to_owned())));
+    variables
+}
+
+/// The variables as a file; removed again at the end, when the token in it is worth nothing any more.
+struct EnvFile<'a>(&'a Path);
+
+impl<'a> EnvFile<'a> {
+    fn create(path: &'a Path, variables: &[(&str, String)]) -> anyhow::Result<Self> {
+        let mut temporary = path.as_os_str().to_owned();
+        temporary.push(".tmp");
+        let write = || -> io::Result<()> {
+            drop(fs::remove_file(&temporary)); // left by a hook that was killed
+            let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary)?;
+            variables.iter().try_for_each(|(name, value)| writeln!(file, "{name}={value}"))?;
+            fs::rename(&temporary, path)
+        };
+        write().with_context(|| format!("cannot write {}", path.display()))?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for EnvFile<'_> {
+    fn drop(&mut self) {
+        drop(fs::remove_file(self.0)); // whoever removed it first wanted the same
+    }
+}
+
+/// Everything that waits for one build.
+struct Push<'a> {
+    build: &'a ExpectedBuild,
+    on_hangup: OnHangup,
+    signals: Hangups,
+    own_lines: mpsc::Sender<Notice>,
+    url: String,
+}
+
+impl Push<'_> {
+    async fn run(mut self, mut launcher: Launcher, printer: Printer) -> u8 {
+        let (mut printing, gone) = printer.spawn();
+        let mut gone = Some(gone);
+        let mut patience_left = true;
+        let verdict = loop {
+            tokio::select! {
+                verdict = self.build.verdict() => break verdict,
+                launched = launcher.ended() => self.handle_launcher(&launched),
+                reason = recv(&mut gone) => {
+                    gone = None;
+                    self.handle_hangup(&reason, &launcher, &mut patience_left);
+                }
+                reason = self.signals.next() => self.handle_hangup(reason, &launcher, &mut patience_left),
+            }
+        };
+        self.say(&summary(&verdict)).await;
+        for hint in hints(&verdict, &self.url) {
+            self.say(&hint).await;
+        }
+        drop(self.own_lines.send(Notice::End).await); // a printer that is gone has ended already
+        if gone.is_some() && timeout(LAST_LINES, &mut printing).await.is_err() {
+            printing.abort(); // somebody reads, but too slowly to be waited for
+        }
+        launcher.finish(LAUNCHER_PATIENCE).await;
+        verdict.exit_code()
+    }
+
+    fn handle_launcher(&self, launched: &Launched) {
+        if let Launched::Failed(reason) = launched {
+            let stage = if self.build.was_connected() {
+                "while the build was running"
+            } else {
+                "before any builder phoned home"
+            };
+            self.build.fail(&format!("the launcher {reason} {stage}; its own output is above"));
+        }
+    }
+
+    /// The pusher is gone, or wants the build to stop. With `--on-hangup continue` only a second wish counts.
+    fn handle_hangup(&self, reason: &str, launcher: &Launcher, patience_left: &mut bool) {
+        if self.on_hangup == OnHangup::Continue && std::mem::take(patience_left) {
+            return;
+        }
+        self.build.cancel(reason);
+        launcher.terminate();
+    }
+
+    async fn say(&self, line: &str) {
+        drop(self.own_lines.send(Notice::Line(line.to_owned())).await); // a printer that is gone prints nothing
+    }
+}
+
+/// Why nobody reads any more, once; then never again.
+async fn recv(gone: &mut Option<Gone>) -> String {
+    match gone {
+        Some(gone) => match gone.await {
+            Ok(reason) => reason,
+            Err(_) => std::future::pending().await, // the printer ended without being left alone
+        },
+        None => std::future::pending().await,
+    }
+}
+
+/// The one line that says how it ended.
+fn summary(verdict: &Verdict) -> String {
+    let completeness = match &verdict.incomplete {
+        None => "the log is complete".to_owned(),
+        Some(reason) => format!("the log is not complete: {reason}"),
+    };
+    match &verdict.outcome {
+        Outcome::Succeeded | Outcome::Failed { .. } => format!("build {}; {completeness}", verdict.outcome),
+        Outcome::Cancelled { .. } | Outcome::Error { .. } | Outcome::Lost { .. } | Outcome::TimedOut { .. } => {
+            format!("build {} (exit code {}); {completeness}", verdict.outcome, verdict.exit_code())
+        }
+    }
+}
+
+/// What to look at when the build itself could not say what went wrong.
+fn hints(verdict: &Verdict, url: &str) -> Vec<String> {
+    let lines: &[&str] = match &verdict.outcome {
+        Outcome::TimedOut { clock: Clock::NeverConnected } => &[
+            "look at: was the builder started at all (image pull, quota, scheduling)?",
+            "is phonehome-agent its entrypoint, with the PHONEHOME_ variables of this build? what does its own log say?",
+        ],
+        Outcome::Lost { .. } => &[
+            "look at: was the builder evicted, out of memory or deleted, or its network cut?",
+            "everything that had arrived is above; raise --lost-timeout if it comes back later than that",
+        ],
+        Outcome::Cancelled { .. } | Outcome::Error { .. } | Outcome::Failed { .. } | Outcome::Succeeded => &[],
+        Outcome::TimedOut { clock: Clock::Idle | Clock::Total } => &[],
+    };
+    let reach = matches!(verdict.outcome, Outcome::TimedOut { clock: Clock::NeverConnected });
+    let reach = reach.then(|| format!("can the builder reach {url}? if not, see --advertise and --listen"));
+    lines.iter().map(|line| (*line).to_owned()).chain(reach).collect()
+}
+
+/// Signals that say the pusher is gone, or wants to stop.
+struct Hangups {
+    hangup: Signal,
+    interrupt: Signal,
+    terminate: Signal,
+}
+
+impl Hangups {
+    fn catch() -> io::Result<Self> {
+        Ok(Self {
+            hangup: signal(SignalKind::hangup())?,
+            interrupt: signal(SignalKind::interrupt())?,
+            terminate: signal(SignalKind::terminate())?,
+        })
+    }
+
+    /// Cancel safe.
+    async fn next(&mut self) -> &'static str {
+        tokio::select! {
+            _ = self.hangup.recv() => "the pusher hung up",
+            _ = self.interrupt.recv() => "interrupted",
+            _ = self.terminate.recv() => "the hook was told to end",
+        }
+    }
+}

@@ -1,0 +1,128 @@
+//! One of the hook's own output streams, written by a thread so that a reader who stalls stops nothing else.
+
+use std::{
+    io::{self, ErrorKind},
+    os::fd::{AsFd, BorrowedFd},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use rustix::{
+    event::{PollFd, PollFlags, poll},
+    io::Errno,
+};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::timeout,
+};
+
+/// A stream that is written in order.
+#[derive(Debug)]
+pub(super) struct Outlet {
+    blocks: mpsc::Sender<Bytes>,
+    ended: oneshot::Receiver<io::Result<()>>,
+}
+
+/// Nobody reads this stream, and why.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Unread(pub(super) String);
+
+/// Blocks between printer and thread.
+const QUEUE: usize = 4;
+
+/// A reader that takes nothing for this long has stopped reading.
+const STALL: Duration = Duration::from_secs(30);
+
+impl Outlet {
+    pub(super) fn open(stream: BorrowedFd<'static>) -> io::Result<Self> {
+        let (blocks, mut queue) = mpsc::channel::<Bytes>(QUEUE);
+        let (end, ended) = oneshot::channel();
+        std::thread::Builder::new().name("outlet".into()).spawn(move || {
+            let mut result = Ok(());
+            while let Some(block) = queue.blocking_recv() {
+                result = write_all(stream, &block);
+                if result.is_err() {
+                    break;
+                }
+            }
+            drop(end.send(result)); // the printer may be gone
+        })?;
+        Ok(Self { blocks, ended })
+    }
+
+    /// Queues a block, for at most [`STALL`].
+    pub(super) async fn write(&mut self, block: Bytes) -> Result<(), Unread> {
+        if block.is_empty() {
+            return Ok(());
+        }
+        match timeout(STALL, self.blocks.send(block)).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(_)) => Err(self.broken().await),
+            Err(_) => Err(Unread(format!("nobody has read the output for {} s", STALL.as_secs()))),
+        }
+    }
+
+    async fn broken(&mut self) -> Unread {
+        match (&mut self.ended).await {
+            Ok(Err(error)) if error.kind() == ErrorKind::BrokenPipe => Unread("the pusher is gone".into()),
+            Ok(Err(error)) => Unread(format!("the output cannot be written: {error}")),
+            Ok(Ok(())) | Err(_) => Unread("the output was closed".into()),
+        }
+    }
+
+    /// Waits until everything is written.
+    pub(super) async fn finish(mut self) -> Result<(), Unread> {
+        drop(self.blocks);
+        match timeout(STALL, &mut self.ended).await {
+            Ok(Ok(Err(error))) => Err(Unread(format!("the output cannot be written: {error}"))),
+            Ok(Ok(Ok(())) | Err(_)) => Ok(()),
+            Err(_) => Err(Unread(format!("nobody has read the output for {} s", STALL.as_secs()))),
+        }
+    }
+}
+
+fn write_all(stream: BorrowedFd<'_>, mut block: &[u8]) -> io::Result<()> {
+    while !block.is_empty() {
+        match rustix::io::write(stream, block) {
+            Ok(count) => block = &block[count..],
+            Err(Errno::INTR) => {}
+            Err(Errno::AGAIN) => {
+                poll(&mut [PollFd::from_borrowed_fd(stream, PollFlags::OUT)], None)?;
+            }
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+    Ok(())
+}
+
+/// Completes when the reading end of one of these pipes is closed (poll(2), `POLLERR`), without a byte being written.
+/// Never for what is not a pipe. A thread waits, because the descriptors are shared with others and so must not be made
+/// non-blocking; it ends with the process.
+pub(super) async fn closed(streams: &[BorrowedFd<'static>]) {
+    let pipes: Vec<_> = streams.iter().copied().filter(|stream| is_pipe(*stream)).collect();
+    let (tell, told) = oneshot::channel();
+    let watching = !pipes.is_empty()
+        && std::thread::Builder::new().name("pusher".into()).spawn(move || wait_for_error(&pipes, tell)).is_ok();
+    if !watching || told.await.is_err() {
+        std::future::pending::<()>().await;
+    }
+}
+
+fn wait_for_error(pipes: &[BorrowedFd<'static>], tell: oneshot::Sender<()>) {
+    let mut polled: Vec<_> = pipes.iter().map(|pipe| PollFd::from_borrowed_fd(*pipe, PollFlags::empty())).collect();
+    loop {
+        match poll(&mut polled, None) {
+            Ok(0) | Err(Errno::INTR) => {}
+            Ok(1..) => return tell.send(()).unwrap_or(()), // nobody may wait for it any more
+            Err(_) => return,
+        }
+    }
+}
+
+/// Whether a stream is a pipe or a socket: what lies between a hook and git.
+pub(super) fn is_pipe(stream: BorrowedFd<'_>) -> bool {
+    rustix::fs::fstat(stream.as_fd()).is_ok_and(|stat| {
+        let kind = rustix::fs::FileType::from_raw_mode(stat.st_mode);
+        matches!(kind, rustix::fs::FileType::Fifo | rustix::fs::FileType::Socket)
+    })
+}

@@ -1,0 +1,247 @@
+//! Reads the build's log from the store and prints it, at the reader's pace.
+
+use std::{
+    io::{self, Write},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use phonehome_proto::{
+    event::{Event, Gap},
+    frame::Stream,
+};
+use rustix::stdio;
+use tokio::{
+    sync::{mpsc, oneshot},
+    task::JoinHandle,
+    time::Instant,
+};
+
+use super::{
+    outlet::{Outlet, Unread, closed},
+    screen::{Screen, Source, Target},
+};
+use crate::{BuildLog, LogItem, LogRecord, builds::expiry};
+
+/// Something to print beside the build's output.
+#[derive(Debug)]
+pub(crate) enum Notice {
+    /// What the launcher wrote.
+    Launcher(Bytes),
+    /// A line of the hook's own; the printer says whose it is.
+    Line(String),
+    /// A line of the log, complete.
+    Log(String),
+    /// The hook has said its last word.
+    End,
+}
+
+/// Why nobody reads any more.
+pub(super) type Gone = oneshot::Receiver<String>;
+
+/// Notices on their way to the printer.
+const QUEUE: usize = 64;
+
+/// Bytes rendered before they are handed to the writers.
+const BATCH: usize = 64 * 1024;
+
+/// The way to the printer.
+pub(crate) fn notices() -> (mpsc::Sender<Notice>, mpsc::Receiver<Notice>) {
+    mpsc::channel(QUEUE)
+}
+
+/// Prints one line of the hook's own when there is no printer.
+pub(crate) fn complain(line: &str) {
+    drop(writeln!(io::stderr(), "phonehome: {line}")); // there is nowhere left to say that this failed
+}
+
+/// The printer of one build.
+pub(super) struct Printer {
+    log: BuildLog,
+    screen: Screen,
+    notices: mpsc::Receiver<Notice>,
+    keepalive: Option<Duration>,
+    last_output: Instant,
+    last_line: Instant,
+    attempts: std::collections::BTreeMap<phonehome_proto::id::StepName, u32>,
+}
+
+impl Printer {
+    pub(super) fn new(
+        log: BuildLog,
+        screen: Screen,
+        notices: mpsc::Receiver<Notice>,
+        keepalive: Option<Duration>,
+    ) -> Self {
+        let keepalive = keepalive.filter(|_| screen.is_watched());
+        let now = Instant::now();
+        Self {
+            log,
+            screen,
+            notices,
+            keepalive,
+            last_output: now,
+            last_line: now,
+            attempts: std::collections::BTreeMap::new(),
+        }
+    }
+
+    /// Starts to print. The receiver fires when nobody reads any more.
+    pub(super) fn spawn(self) -> (JoinHandle<()>, Gone) {
+        let (gone, is_gone) = oneshot::channel();
+        let printing = tokio::spawn(async move {
+            if let Err(Unread(reason)) = self.run().await {
+                drop(gone.send(reason)); // the hook may be about to end
+            }
+        });
+        (printing, is_gone)
+    }
+
+    async fn run(mut self) -> Result<(), Unread> {
+        let unusable = |error: io::Error| Unread(format!("the output cannot be used: {error}"));
+        let mut outlets = Outlets {
+            stdout: Outlet::open(stdio::stdout()).map_err(unusable)?,
+            stderr: Outlet::open(stdio::stderr()).map_err(unusable)?,
+        };
+        let mut log_ended = false;
+        let mut hook_ended = false;
+        let streams = [stdio::stdout(), stdio::stderr()];
+        let mut pusher_gone = std::pin::pin!(closed(&streams));
+        while !(log_ended && hook_ended) {
+            let screen_at = self.screen.poll_timeout();
+            let keepalive_at = self.keepalive_at();
+            tokio::select! {
+                biased; // all of the build's output comes before the hook's last words
+                () = &mut pusher_gone => return Err(Unread("the pusher is gone".into())),
+                item = self.log.next(), if !log_ended => match item {
+                    Ok(Some(item)) => self.show_batch(item),
+                    Ok(None) => log_ended = true,
+                    Err(error) => {
+                        self.own_line(&format!("the stored log cannot be read: {error}"));
+                        log_ended = true;
+                    }
+                },
+                notice = self.notices.recv(), if !hook_ended => match notice {
+                    Some(Notice::End) | None => hook_ended = true,
+                    Some(notice) => self.show_notice(notice),
+                },
+                () = expiry(screen_at) => self.screen.handle_timeout(Instant::now()),
+                () = expiry(keepalive_at), if !log_ended => self.keep_alive(),
+            }
+            outlets.write(&mut self.screen).await?;
+        }
+        self.screen.finish();
+        outlets.write(&mut self.screen).await?;
+        outlets.finish().await
+    }
+
+    /// Shows an item and what can be had right behind it.
+    fn show_batch(&mut self, item: LogItem) {
+        let mut size = self.show(item);
+        while size < BATCH
+            && let Ok(Some(item)) = self.log.try_next()
+        {
+            size += self.show(item);
+        }
+    }
+
+    /// Shows an item and says how large it is.
+    fn show(&mut self, item: LogItem) -> usize {
+        match item {
+            LogItem::Lost { step, records, .. } => {
+                self.own_line(&format!("{records} records of step {step} are missing here: the server lost them"));
+                0
+            }
+            LogItem::Record(record) => self.show_record(&record),
+        }
+    }
+
+    fn show_record(&mut self, LogRecord { step, attempt, record }: &LogRecord) -> usize {
+        let last = self.attempts.insert(step.clone(), *attempt).unwrap_or(1);
+        if last < *attempt {
+            self.own_line(&format!("attempt {attempt} of step {step}: its builder was started again"));
+        }
+        let now = Instant::now();
+        if record.stream == Stream::Event {
+            if let Some(Event::Gap(Gap { stream, bytes, cause })) = Event::parse(&record.payload) {
+                let stream = Source::Build(step.clone(), stream.into()).describe();
+                self.own_line(&format!("{bytes} bytes of {stream} are missing here: {}", cause.escape_debug()));
+            }
+        } else {
+            self.last_output = now;
+            self.last_line = now;
+            self.screen.show(Source::Build(step.clone(), record.stream.into()), &record.payload, now);
+        }
+        record.payload.len()
+    }
+
+    fn show_notice(&mut self, notice: Notice) {
+        match notice {
+            Notice::Launcher(block) => {
+                self.last_line = Instant::now();
+                self.screen.show(Source::Launcher, &block, Instant::now());
+            }
+            Notice::Line(line) => self.own_line(&line),
+            Notice::Log(line) => self.screen.own_line(&line),
+            Notice::End => {}
+        }
+    }
+
+    fn own_line(&mut self, line: &str) {
+        self.last_line = Instant::now();
+        let printable: String = line.chars().map(|c| if c.is_control() { '?' } else { c }).collect();
+        self.screen.own_line(&format!("phonehome: {printable}"));
+    }
+
+    fn keepalive_at(&self) -> Option<Instant> {
+        Some(self.last_line + self.keepalive?)
+    }
+
+    fn keep_alive(&mut self) {
+        let silence = self.last_output.elapsed().as_secs();
+        self.own_line(&format!("still building, {silence} s without output"));
+    }
+}
+
+impl Source {
+    fn describe(&self) -> String {
+        match self {
+            Self::Build(step, Target::Stdout) => format!("stdout of step {step}"),
+            Self::Build(step, Target::Stderr) => format!("stderr of step {step}"),
+            Self::Launcher => "the launcher's output".into(),
+        }
+    }
+}
+
+/// Both streams.
+struct Outlets {
+    stdout: Outlet,
+    stderr: Outlet,
+}
+
+impl Outlets {
+    async fn write(&mut self, screen: &mut Screen) -> Result<(), Unread> {
+        self.stdout.write(screen.take(Target::Stdout)).await?;
+        self.stderr.write(screen.take(Target::Stderr)).await
+    }
+
+    async fn finish(self) -> Result<(), Unread> {
+        self.stdout.finish().await?;
+        self.stderr.finish().await
+    }
+}
+
+/// A writer of log lines that never waits: a line for which there is no room is dropped.
+#[derive(Debug)]
+pub(crate) struct LogLines(pub(crate) mpsc::Sender<Notice>);
+
+impl Write for LogLines {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        drop(self.0.try_send(Notice::Log(String::from_utf8_lossy(line).into_owned())));
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
