@@ -104,7 +104,7 @@ pub struct Args {
     pub log_level: Level,
 
     /// Command to run, with its arguments; they are passed on untouched
-    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true, value_name = "COMMAND")]
+    #[arg(required = true, trailing_var_arg = true, value_name = "COMMAND")]
     pub command: Vec<OsString>,
 }
 
@@ -502,6 +502,15 @@ mod tests {
         );
         assert!(!format!("{proxy:?}").contains("hunter2"));
         assert!(Proxy::parse("socks5://p").is_err());
+    }
+
+    #[test]
+    fn what_follows_the_command_is_its_own_and_what_precedes_it_is_ours() {
+        let args = Args::try_parse_from(["agent", "--merge", "make", "-j8", "--merge", "--", "x"]).unwrap();
+        assert_eq!(args.command, ["make", "-j8", "--merge", "--", "x"]);
+        let args = Args::try_parse_from(["agent", "--", "--odd-name", "-v"]).unwrap();
+        assert_eq!(args.command, ["--odd-name", "-v"]);
+        assert!(Args::try_parse_from(["agent", "--no-such-option", "make"]).is_err());
     }
 
     #[test]

@@ -106,7 +106,7 @@ pub(super) struct HookArgs {
     pub(super) log_level: Level,
 
     /// Command that starts the builder, with its arguments; it gets the hook's standard input
-    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true, value_name = "LAUNCHER")]
+    #[arg(required = true, trailing_var_arg = true, value_name = "LAUNCHER")]
     launcher: Vec<OsString>,
 }
 
