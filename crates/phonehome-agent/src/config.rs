@@ -108,6 +108,18 @@ pub struct Args {
     pub command: Vec<OsString>,
 }
 
+impl Args {
+    /// An empty variable is one that is not set: manifests often have no other way to say so.
+    fn forget_empty(&mut self) {
+        for text in [&mut self.url, &mut self.build, &mut self.step, &mut self.token, &mut self.pin] {
+            text.take_if(|text| text.is_empty());
+        }
+        for path in [&mut self.token_file, &mut self.ca, &mut self.client_cert, &mut self.client_key] {
+            path.take_if(|path| path.as_os_str().is_empty());
+        }
+    }
+}
+
 /// A choice between two.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Switch {
@@ -341,7 +353,8 @@ impl Config {
     /// # Errors
     ///
     /// With the first thing that is wrong, and what to do about it.
-    pub fn try_from_args(args: Args, proxy: &ProxySettings) -> Result<Self, ConfigError> {
+    pub fn try_from_args(mut args: Args, proxy: &ProxySettings) -> Result<Self, ConfigError> {
+        args.forget_empty();
         let spool_memory = args.spool_memory.as_u64();
         if spool_memory < MIN_SPOOL {
             return Err(ConfigError::SmallSpool(args.spool_memory));
@@ -511,6 +524,13 @@ mod tests {
         let args = Args::try_parse_from(["agent", "--", "--odd-name", "-v"]).unwrap();
         assert_eq!(args.command, ["--odd-name", "-v"]);
         assert!(Args::try_parse_from(["agent", "--no-such-option", "make"]).is_err());
+    }
+
+    #[test]
+    fn an_empty_variable_is_not_set() {
+        let empty = ["agent", "--url", "", "--build", "", "--token", "", "--ca", "", "--", "x"];
+        let config = Config::try_from_args(Args::try_parse_from(empty).unwrap(), &ProxySettings::default()).unwrap();
+        assert!(config.home.is_none());
     }
 
     #[test]

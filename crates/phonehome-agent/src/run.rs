@@ -185,8 +185,8 @@ impl Line {
     /// Says what is left when there is no time left.
     fn tell_undelivered(&self) {
         if !self.uplink.is_finished() {
-            let bytes = self.outbox.with(|sender| sender.cost());
-            warn!(bytes, "the server has not confirmed the end of the log within --linger");
+            let records = self.outbox.with(|sender| sender.next() - sender.oldest());
+            warn!(records, "the server has not confirmed the end of the log within --linger");
         }
     }
 

@@ -23,7 +23,6 @@ use phonehome_proto::id::{BuildId, StepName};
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     sync::mpsc,
-    time::timeout,
 };
 
 use self::{
@@ -68,9 +67,6 @@ pub(crate) enum OnHangup {
 
 /// How long finished agents get to hear that they may go.
 const FAREWELL: Duration = Duration::from_secs(5);
-
-/// How long the last lines may take to be printed once the verdict is known.
-const LAST_LINES: Duration = Duration::from_secs(30);
 
 /// How long a launcher may go on after the build's end before it is terminated.
 const LAUNCHER_PATIENCE: Duration = Duration::from_secs(10);
@@ -168,8 +164,10 @@ impl Push<'_> {
             self.say(&hint).await;
         }
         drop(self.own_lines.send(Notice::End).await); // a printer that is gone has ended already
-        if gone.is_some() && timeout(LAST_LINES, &mut printing).await.is_err() {
-            printing.abort(); // somebody reads, but too slowly to be waited for
+        // A slow reader gets all of it; one that has stopped reading ends the printer.
+        tokio::select! {
+            _ = &mut printing => {}
+            _ = self.signals.next() => printing.abort(),
         }
         launcher.finish(LAUNCHER_PATIENCE).await;
         verdict.exit_code()

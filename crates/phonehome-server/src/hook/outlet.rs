@@ -3,6 +3,10 @@
 use std::{
     io::{self, ErrorKind},
     os::fd::{AsFd, BorrowedFd},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -21,6 +25,8 @@ use tokio::{
 pub(super) struct Outlet {
     blocks: mpsc::Sender<Bytes>,
     ended: oneshot::Receiver<io::Result<()>>,
+    /// Pieces written so far: tells a slow reader from none.
+    pieces: Arc<AtomicU64>,
 }
 
 /// Nobody reads this stream, and why.
@@ -30,6 +36,9 @@ pub(super) struct Unread(pub(super) String);
 /// Blocks between printer and thread.
 const QUEUE: usize = 4;
 
+/// Bytes written at once: a reader who takes this much in [`STALL`] still reads.
+const PIECE: usize = 16 * 1024;
+
 /// A reader that takes nothing for this long has stopped reading.
 const STALL: Duration = Duration::from_secs(30);
 
@@ -37,28 +46,30 @@ impl Outlet {
     pub(super) fn open(stream: BorrowedFd<'static>) -> io::Result<Self> {
         let (blocks, mut queue) = mpsc::channel::<Bytes>(QUEUE);
         let (end, ended) = oneshot::channel();
+        let pieces = Arc::new(AtomicU64::new(0));
+        let written = pieces.clone();
         std::thread::Builder::new().name("outlet".into()).spawn(move || {
-            let mut result = Ok(());
-            while let Some(block) = queue.blocking_recv() {
-                result = write_all(stream, &block);
-                if result.is_err() {
-                    break;
-                }
-            }
+            let mut write = |block: Bytes| {
+                block.chunks(PIECE).try_for_each(|piece| {
+                    write_all(stream, piece)?;
+                    written.fetch_add(1, Ordering::Relaxed);
+                    Ok(())
+                })
+            };
+            let result = std::iter::from_fn(|| queue.blocking_recv()).try_for_each(&mut write);
             drop(end.send(result)); // the printer may be gone
         })?;
-        Ok(Self { blocks, ended })
+        Ok(Self { blocks, ended, pieces })
     }
 
-    /// Queues a block, for at most [`STALL`].
+    /// Queues a block as soon as there is room, or finds out that nobody reads.
     pub(super) async fn write(&mut self, block: Bytes) -> Result<(), Unread> {
         if block.is_empty() {
             return Ok(());
         }
-        match timeout(STALL, self.blocks.send(block)).await {
-            Ok(Ok(())) => Ok(()),
-            Ok(Err(_)) => Err(self.broken().await),
-            Err(_) => Err(Unread(format!("nobody has read the output for {} s", STALL.as_secs()))),
+        match watch(&self.pieces, self.blocks.send(block)).await? {
+            Ok(()) => Ok(()),
+            Err(_) => Err(self.broken().await),
         }
     }
 
@@ -73,10 +84,24 @@ impl Outlet {
     /// Waits until everything is written.
     pub(super) async fn finish(mut self) -> Result<(), Unread> {
         drop(self.blocks);
-        match timeout(STALL, &mut self.ended).await {
-            Ok(Ok(Err(error))) => Err(Unread(format!("the output cannot be written: {error}"))),
-            Ok(Ok(Ok(())) | Err(_)) => Ok(()),
-            Err(_) => Err(Unread(format!("nobody has read the output for {} s", STALL.as_secs()))),
+        match watch(&self.pieces, &mut self.ended).await? {
+            Ok(Err(error)) => Err(Unread(format!("the output cannot be written: {error}"))),
+            Ok(Ok(())) | Err(_) => Ok(()),
+        }
+    }
+}
+
+/// Waits for `work` as long as pieces are being written.
+async fn watch<T>(pieces: &AtomicU64, work: impl Future<Output = T>) -> Result<T, Unread> {
+    let mut work = std::pin::pin!(work);
+    loop {
+        let before = pieces.load(Ordering::Relaxed);
+        match timeout(STALL, &mut work).await {
+            Ok(result) => return Ok(result),
+            Err(_) if pieces.load(Ordering::Relaxed) == before => {
+                return Err(Unread(format!("nobody has read the output for {} s", STALL.as_secs())));
+            }
+            Err(_) => {}
         }
     }
 }
