@@ -2,7 +2,7 @@
 
 use std::{fs::File, io, os::unix::fs::FileExt, sync::Arc};
 
-use bytes::Bytes;
+use bytes::BytesMut;
 use phonehome_proto::frame::Record;
 
 use super::{
@@ -18,6 +18,8 @@ pub(crate) struct AttemptReader {
     log: File,
     events: File,
     entry: u64,
+    /// Taken up again for the next payload once the last record is dropped.
+    buffer: BytesMut,
 }
 
 /// What a reader finds.
@@ -32,7 +34,14 @@ pub(crate) enum Found {
 impl AttemptReader {
     pub(crate) fn open(files: Arc<AttemptFiles>) -> io::Result<Self> {
         let open = |name| File::open(files.dir.join(name));
-        Ok(Self { index: open("index")?, log: open("log")?, events: open("events")?, files, entry: 0 })
+        Ok(Self {
+            index: open("index")?,
+            log: open("log")?,
+            events: open("events")?,
+            files,
+            entry: 0,
+            buffer: BytesMut::new(),
+        })
     }
 
     /// The next record; `None` when there is none yet.
@@ -49,10 +58,11 @@ impl AttemptReader {
         let found = match Entry::decode(&wire) {
             Some(Entry::Hole { from, to }) => Found::Lost(to - from),
             Some(Entry::Record { seq, time, stream, offset, position, len, crc }) => {
-                let mut payload = vec![0; len as usize];
+                self.buffer.resize(len as usize, 0);
                 let file = if stream.is_output() { &self.log } else { &self.events };
-                file.read_exact_at(&mut payload, position)?;
-                let record = Record { seq, time, stream, offset, crc, payload: Bytes::from(payload) };
+                file.read_exact_at(&mut self.buffer, position)?;
+                let payload = self.buffer.split().freeze();
+                let record = Record { seq, time, stream, offset, crc, payload };
                 if !record.is_intact() {
                     return Err(damaged(&self.files));
                 }
