@@ -9,7 +9,7 @@
 //!
 //! use phonehome_server::{Config, Durability, Expected, LogItem, Server};
 //!
-//! # tokio::runtime::Runtime::new()?.block_on(async {
+//! # tokio::runtime::Runtime::new().unwrap().block_on(async {
 //! let logs = tempfile::tempdir()?;
 //! let config = Config {
 //!     listen: "127.0.0.1:0".parse()?,
