@@ -86,6 +86,7 @@ async fn observed(config: Config, home: Home, mut signals: Signals, console: &Co
             info!(code = end.code(), "the command ended");
             line.command.send_replace(CommandState::Ended);
             let captured = supervisor.captured(capture).await?;
+            stay.hurried = supervisor.hurried;
             stay.signals = Some(supervisor.signals);
             (end, captured)
         }
@@ -220,6 +221,8 @@ struct Supervisor {
     cancels: Option<mpsc::Receiver<Cancel>>,
     plan: Plan,
     give_up: bool,
+    /// Whether TERM or INT came when the command had already ended: they are meant for what is left of the agent's stay.
+    hurried: bool,
 }
 
 /// What happens next to the process group, and when.
@@ -242,7 +245,7 @@ impl Plan {
 
 impl Supervisor {
     fn new(command: Command, signals: Signals, cancels: mpsc::Receiver<Cancel>) -> Self {
-        Self { command, signals, cancels: Some(cancels), plan: Plan::Nothing, give_up: false }
+        Self { command, signals, cancels: Some(cancels), plan: Plan::Nothing, give_up: false, hurried: false }
     }
 
     /// Waits for the command itself to end.
@@ -290,8 +293,13 @@ impl Supervisor {
     fn handle_signal(&mut self, caught: Caught) {
         match caught {
             Caught::Child => self.command.reap(),
-            Caught::Other(Signal::TERM) => self.terminate(GRACE),
-            Caught::Other(signal) => self.command.signal(signal),
+            Caught::Other(signal) => {
+                if let Signal::TERM | Signal::INT = signal {
+                    self.command.reap(); // its end may not have been noticed yet
+                    self.hurried |= self.command.end().is_some();
+                }
+                if signal == Signal::TERM { self.terminate(GRACE) } else { self.command.signal(signal) }
+            }
         }
     }
 
@@ -347,15 +355,18 @@ struct Linger {
     limit: Duration,
     deadline: Instant,
     signals: Option<Signals>,
+    /// Whether somebody wanted it short before it began.
+    hurried: bool,
 }
 
 impl Linger {
     fn new(limit: Duration) -> Self {
-        Self { limit, deadline: Instant::now(), signals: None }
+        Self { limit, deadline: Instant::now(), signals: None, hurried: false }
     }
 
     fn begin(&mut self) {
-        self.deadline = Instant::now() + self.limit;
+        let limit = if self.hurried { self.limit.min(HURRY) } else { self.limit };
+        self.deadline = Instant::now() + limit;
     }
 
     /// Waits for `work`, but no longer than what is left.

@@ -90,6 +90,7 @@ impl Uplink {
     pub(crate) async fn run(mut self) -> Delivery {
         let mut backoff = Backoff::default();
         loop {
+            let before = self.outbox.with(|sender| sender.oldest());
             let floor = match self.dialler.dial().await {
                 Ok(socket) => {
                     backoff.handle_connected(Instant::now().into_std());
@@ -107,7 +108,8 @@ impl Uplink {
                     floor
                 }
             };
-            let delay = backoff.handle_disconnected(Instant::now().into_std(), random(), floor);
+            let progressed = self.outbox.with(|sender| sender.oldest()) > before;
+            let delay = backoff.handle_disconnected(Instant::now().into_std(), progressed, random(), floor);
             debug!(?delay, "dialling again");
             sleep(delay).await;
         }

@@ -148,15 +148,22 @@ impl Push<'_> {
         let (mut printing, gone) = printer.spawn();
         let mut gone = Some(gone);
         let mut patience_left = true;
+        let mut was_told = false;
         let verdict = loop {
             tokio::select! {
                 verdict = self.build.verdict() => break verdict,
                 launched = launcher.ended() => self.handle_launcher(&launched),
                 reason = recv(&mut gone) => {
                     gone = None;
-                    self.handle_hangup(&reason, &launcher, &mut patience_left);
+                    // Who hung up reads no more either: that is not a second wish.
+                    if !std::mem::replace(&mut was_told, true) {
+                        self.handle_hangup(&reason, &launcher, &mut patience_left);
+                    }
                 }
-                reason = self.signals.next() => self.handle_hangup(reason, &launcher, &mut patience_left),
+                reason = self.signals.next() => {
+                    was_told = true;
+                    self.handle_hangup(reason, &launcher, &mut patience_left);
+                }
             }
         };
         self.say(&summary(&verdict)).await;

@@ -34,6 +34,8 @@ pub(super) enum TlsError {
     Name(String),
     #[error("the TLS settings cannot be used")]
     Settings(#[source] rustls::Error),
+    #[error(transparent)]
+    WrongKey(WrongKey),
 }
 
 impl TlsError {
@@ -44,8 +46,22 @@ impl TlsError {
                 let cause = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
                 matches!(cause, Some(rustls::Error::InvalidCertificate(_)))
             }
-            Self::Empty(_) | Self::File(..) | Self::Name(_) | Self::Settings(_) => true,
+            Self::Empty(_) | Self::File(..) | Self::Name(_) | Self::Settings(_) | Self::WrongKey(_) => true,
         }
+    }
+}
+
+impl From<io::Error> for TlsError {
+    /// Why a handshake failed. The verifier's own error is taken out of the library's, which would show it as code.
+    fn from(error: io::Error) -> Self {
+        let cause = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
+        let wrong_key = match cause {
+            Some(rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(other)))) => {
+                other.downcast_ref::<WrongKey>().cloned()
+            }
+            _ => None,
+        };
+        wrong_key.map_or_else(|| Self::Handshake(error), Self::WrongKey)
     }
 }
 
@@ -60,7 +76,7 @@ impl Connector {
             Some(connector) => connector,
             None => self.ready.insert(Arc::new(client_config(&self.trust)?).into()),
         };
-        connector.connect(name, tcp).await.map_err(TlsError::Handshake)
+        Ok(connector.connect(name, tcp).await?)
     }
 }
 
@@ -157,6 +173,6 @@ impl ServerCertVerifier for Pinned {
 }
 
 /// The server has another key than the pinned one.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, thiserror::Error)]
 #[error("the server's public key is sha256:{0}, which is not the pinned one")]
-struct WrongKey(phonehome_proto::id::Digest);
+pub(super) struct WrongKey(phonehome_proto::id::Digest);
