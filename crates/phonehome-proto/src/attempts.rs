@@ -24,6 +24,14 @@ pub struct Lease {
     connection: u64,
 }
 
+impl Lease {
+    /// Whether this one was given after `other`.
+    #[must_use]
+    pub fn is_newer_than(self, other: Self) -> bool {
+        self.connection > other.connection
+    }
+}
+
 /// More lives than this are a crash loop, not a build.
 pub const MAX_ATTEMPTS: usize = 1000;
 

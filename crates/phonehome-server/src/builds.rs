@@ -9,6 +9,7 @@ use std::{
 };
 
 use phonehome_proto::{
+    attempts::Lease,
     close::CloseCode,
     frame::{Cancel, End, FinishedAck, Hello, Record},
     id::{Attempt, BuildId, StepName},
@@ -87,7 +88,9 @@ struct Inner {
     life: Life,
     attempts: Vec<Arc<AttemptFiles>>,
     /// The connection of each step, to be told when a newer one takes over.
-    connections: HashMap<StepName, CancellationToken>,
+    connections: HashMap<StepName, (Lease, CancellationToken)>,
+    /// Since when nothing could be stored.
+    storage_failing: Option<Instant>,
 }
 
 /// A connection's place in its build.
@@ -113,7 +116,7 @@ impl Build {
             id,
             token: hash_token(token),
             store,
-            inner: Mutex::new(Inner { life, attempts: Vec::new(), connections: HashMap::new() }),
+            inner: Mutex::new(Inner { life, attempts: Vec::new(), connections: HashMap::new(), storage_failing: None }),
             changed: watch::Sender::new(0),
             verdict: watch::Sender::new(None),
             cancel: watch::Sender::new(None),
@@ -142,6 +145,7 @@ impl Build {
             Err(OpenError::Contradiction(violation)) => return refuse(violation.close_code(), violation.to_string()),
             Err(OpenError::Storage(cause)) => {
                 error!(build = %self.id, "cannot open an attempt: {cause}");
+                self.handle_storage(false);
                 return refuse(CloseCode::StorageUnavailable, "storage is not available".into());
             }
         };
@@ -155,8 +159,15 @@ impl Build {
     fn take_seat(&self, step: &StepName, opened: Opened) -> Seat {
         let superseded = CancellationToken::new();
         let mut inner = self.lock();
-        if let Some(older) = inner.connections.insert(step.clone(), superseded.clone()) {
-            older.cancel();
+        let lease = opened.writer.lease;
+        // Leases are given in one order and may get here in another: the newer one has the seat.
+        match inner.connections.get(step) {
+            Some((seated, _)) if seated.is_newer_than(lease) => superseded.cancel(),
+            Some(_) | None => {
+                if let Some((_, older)) = inner.connections.insert(step.clone(), (lease, superseded.clone())) {
+                    older.cancel();
+                }
+            }
         }
         let files = &opened.writer.files;
         let known = inner.attempts.iter().position(|known| known.step == files.step && known.attempt == files.attempt);
@@ -172,12 +183,31 @@ impl Build {
 
     /// A connection has ended.
     pub(crate) fn leave(&self, step: &StepName, seat: &CancellationToken) {
+        let mut inner = self.lock();
         if !seat.is_cancelled() {
-            self.lock().life.handle_disconnected(step, Instant::now());
-            self.touch();
+            inner.life.handle_disconnected(step, Instant::now());
+        }
+        drop(inner);
+        self.touch();
+    }
+
+    /// Storage works, or does not. It gets as long as a lost agent to work again.
+    pub(crate) fn handle_storage(&self, works: bool) {
+        let mut inner = self.lock();
+        if works {
+            inner.storage_failing = None;
+            return;
+        }
+        let now = Instant::now();
+        let since = *inner.storage_failing.get_or_insert(now);
+        let patience = inner.life.lost_limit();
+        drop(inner);
+        if patience.is_some_and(|patience| now.duration_since(since) >= patience) {
+            self.fail("the log cannot be stored; see the server's log and its data directory");
         }
     }
 
+    /// New output has arrived.
     pub(crate) fn handle_output(&self) {
         self.lock().life.handle_output(Instant::now());
     }
@@ -189,6 +219,10 @@ impl Build {
     pub(crate) fn handle_confirmed(&self, step: &StepName) {
         self.lock().life.handle_confirmed(step);
         self.touch();
+    }
+
+    pub(crate) fn is_cancelled(&self) -> bool {
+        self.cancel.borrow().is_some() || self.verdict.borrow().is_some()
     }
 
     pub(crate) fn cancel(&self, reason: &str) {

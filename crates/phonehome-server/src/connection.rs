@@ -152,6 +152,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             info!("disconnected: {reason}");
         } else {
             warn!("disconnected: {reason}");
+            self.shared.note_refusal(&reason);
         }
         if let Some(code) = hangup.close_code() {
             drop(timeout(CLOSE_TIMEOUT, self.close(code, reason)).await); // a peer that does not answer is left alone
@@ -181,12 +182,18 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             Err(refusal) => return refusal.into(),
         };
         let superseded = seat.superseded.clone();
+        if superseded.is_cancelled() {
+            return Hangup::Superseded; // a newer hello was seated first
+        }
         self.shared.agents.fetch_add(1, Ordering::Relaxed);
         let mut session = Session::new(seat);
         let result = self.talk(&mut session).await;
         self.shared.agents.fetch_sub(1, Ordering::Relaxed);
         if session.end == EndState::Answered && matches!(result, Err(Hangup::Closed)) {
             self.build.handle_confirmed(&step);
+        }
+        if matches!(result, Err(Hangup::Storage)) {
+            self.build.handle_storage(false);
         }
         self.build.leave(&step, &superseded);
         result.err().unwrap_or(Hangup::Closed)
@@ -293,6 +300,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         }
         let receiver = &mut session.seat.opened.receiver;
         receiver.handle_durable(progress.next, progress.bytes);
+        if progress.next > session.acked && session.acked == session.first {
+            self.build.handle_storage(true);
+        }
         if let Some((finished, answer)) = progress.finished.filter(|_| session.end == EndState::Told) {
             return self.finish(finished, answer, session).await;
         }
@@ -373,6 +383,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
 struct Session {
     seat: Seat,
     heartbeat: Heartbeat,
+    /// What was durable when the connection began.
+    first: u64,
     acked: u64,
     acked_bytes: u64,
     ack_at: Option<Instant>,
@@ -394,6 +406,7 @@ impl Session {
         let jitter = getrandom::u32().map_or(0.5, |bits| f64::from(bits) / f64::from(u32::MAX));
         Self {
             heartbeat: Heartbeat::asking(Instant::now().into_std(), jitter),
+            first: progress.next,
             acked: progress.next,
             acked_bytes: progress.bytes,
             ack_at: None,

@@ -5,6 +5,7 @@ mod launcher;
 mod lock;
 mod outlet;
 mod printer;
+mod pusher;
 mod render;
 mod screen;
 
@@ -13,7 +14,7 @@ use std::{
     fs::{self, OpenOptions},
     io::{self, Write},
     net::SocketAddr,
-    os::unix::fs::OpenOptionsExt,
+    os::unix::fs::{MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -35,7 +36,7 @@ pub(crate) use self::{
     printer::{LogLines, Notice, complain, notices},
     screen::{Choice, RenderChoice},
 };
-use crate::{Clock, Clocks, Config, Durability, Expected, ExpectedBuild, Outcome, Server, Verdict};
+use crate::{Clock, Clocks, Config, Durability, Expected, ExpectedBuild, Outcome, Refusals, Server, Verdict};
 
 /// Everything a hook needs, checked.
 #[derive(Debug)]
@@ -93,7 +94,7 @@ pub(crate) async fn run(
     let screen = Screen::open(config.render, config.color, config.steps.len() > 1);
     let printer = Printer::new(build.log(), screen, queue, config.keepalive);
     let launcher = Launcher::start(&config.launcher, &variables, own_lines.clone());
-    let push = Push { build: &build, on_hangup: config.on_hangup, signals, own_lines, url };
+    let push = Push { build: &build, server: &server, on_hangup: config.on_hangup, signals, own_lines, url };
     let code = push.run(launcher, printer).await;
     server.shutdown(FAREWELL).await;
     Ok(code)
@@ -111,32 +112,41 @@ fn variables(url: &str, build: &ExpectedBuild, server: &Server) -> Vec<(&'static
 }
 
 /// The variables as a file; removed again at the end, when the token in it is worth nothing any more.
-struct EnvFile<'a>(&'a Path);
+struct EnvFile<'a> {
+    path: &'a Path,
+    /// Device and inode: another hook may have put its own there since.
+    identity: (u64, u64),
+}
 
 impl<'a> EnvFile<'a> {
     fn create(path: &'a Path, variables: &[(&str, String)]) -> anyhow::Result<Self> {
         let mut temporary = path.as_os_str().to_owned();
         temporary.push(".tmp");
-        let write = || -> io::Result<()> {
+        let identity = |metadata: &fs::Metadata| Ok((metadata.dev(), metadata.ino()));
+        let write = || -> io::Result<(u64, u64)> {
             drop(fs::remove_file(&temporary)); // left by a hook that was killed
             let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary)?;
             variables.iter().try_for_each(|(name, value)| writeln!(file, "{name}={value}"))?;
-            fs::rename(&temporary, path)
+            fs::rename(&temporary, path)?;
+            identity(&file.metadata()?)
         };
-        write().with_context(|| format!("cannot write {}", path.display()))?;
-        Ok(Self(path))
+        let identity = write().with_context(|| format!("cannot write {}", path.display()))?;
+        Ok(Self { path, identity })
     }
 }
 
 impl Drop for EnvFile<'_> {
     fn drop(&mut self) {
-        drop(fs::remove_file(self.0)); // whoever removed it first wanted the same
+        if fs::metadata(self.path).is_ok_and(|found| (found.dev(), found.ino()) == self.identity) {
+            drop(fs::remove_file(self.path)); // whoever removed it first wanted the same
+        }
     }
 }
 
 /// Everything that waits for one build.
 struct Push<'a> {
     build: &'a ExpectedBuild,
+    server: &'a Server,
     on_hangup: OnHangup,
     signals: Hangups,
     own_lines: mpsc::Sender<Notice>,
@@ -147,34 +157,36 @@ impl Push<'_> {
     async fn run(mut self, mut launcher: Launcher, printer: Printer) -> u8 {
         let (mut printing, gone) = printer.spawn();
         let mut gone = Some(gone);
-        let mut patience_left = true;
-        let mut was_told = false;
+        let mut was_asked = false;
         let verdict = loop {
             tokio::select! {
                 verdict = self.build.verdict() => break verdict,
                 launched = launcher.ended() => self.handle_launcher(&launched),
                 reason = recv(&mut gone) => {
                     gone = None;
-                    // Who hung up reads no more either: that is not a second wish.
-                    if !std::mem::replace(&mut was_told, true) {
-                        self.handle_hangup(&reason, &launcher, &mut patience_left);
-                    }
+                    self.handle_gone(&reason, &launcher);
                 }
-                reason = self.signals.next() => {
-                    was_told = true;
-                    self.handle_hangup(reason, &launcher, &mut patience_left);
-                }
+                asked = self.signals.next() => match asked {
+                    Asked::HungUp => self.handle_gone("the pusher hung up", &launcher),
+                    Asked::ToStop(reason) => self.handle_stop(reason, &launcher, &mut was_asked),
+                },
             }
         };
-        self.say(&summary(&verdict)).await;
-        for hint in hints(&verdict, &self.url) {
-            self.say(&hint).await;
+        let last_words: Vec<_> = std::iter::once(summary(&verdict)).chain(self.hints(&verdict)).collect();
+        for line in &last_words {
+            self.say(line).await;
         }
         drop(self.own_lines.send(Notice::End).await); // a printer that is gone has ended already
         // A slow reader gets all of it; one that has stopped reading ends the printer.
         tokio::select! {
             _ = &mut printing => {}
             _ = self.signals.next() => printing.abort(),
+        }
+        if gone.is_none_or(|mut gone| gone.try_recv().is_ok()) {
+            // Standard error may still lead somewhere, to a log say.
+            last_words
+                .iter()
+                .for_each(|line| pusher::try_write(rustix::stdio::stderr(), &format!("phonehome: {line}")));
         }
         launcher.finish(LAUNCHER_PATIENCE).await;
         verdict.exit_code()
@@ -191,13 +203,50 @@ impl Push<'_> {
         }
     }
 
-    /// The pusher is gone, or wants the build to stop. With `--on-hangup continue` only a second wish counts.
-    fn handle_hangup(&self, reason: &str, launcher: &Launcher, patience_left: &mut bool) {
-        if self.on_hangup == OnHangup::Continue && std::mem::take(patience_left) {
-            return;
+    /// The pusher is gone, which may show in more ways than one.
+    fn handle_gone(&self, reason: &str, launcher: &Launcher) {
+        if self.on_hangup == OnHangup::Cancel && !self.build.is_cancelled() {
+            self.stop(reason, launcher);
         }
+    }
+
+    /// Somebody wants the build to stop. With `--on-hangup continue` the first wish is the pusher's Ctrl-C; the second is
+    /// meant.
+    fn handle_stop(&self, reason: &str, launcher: &Launcher, was_asked: &mut bool) {
+        if self.on_hangup == OnHangup::Cancel || std::mem::replace(was_asked, true) {
+            self.stop(reason, launcher);
+        }
+    }
+
+    fn stop(&self, reason: &str, launcher: &Launcher) {
         self.build.cancel(reason);
         launcher.terminate();
+    }
+
+    /// What to look at when the build itself could not say what went wrong.
+    fn hints(&self, verdict: &Verdict) -> Vec<String> {
+        match &verdict.outcome {
+            Outcome::TimedOut { clock: Clock::NeverConnected } => self.hints_about_nobody(),
+            Outcome::Lost { .. } => vec![
+                "look at: was the builder evicted, out of memory or deleted, or its network cut?".into(),
+                "everything that had arrived is above; raise --lost-timeout if it comes back later than that".into(),
+            ],
+            Outcome::Cancelled { .. } | Outcome::Error { .. } | Outcome::Failed { .. } | Outcome::Succeeded => {
+                Vec::new()
+            }
+            Outcome::TimedOut { clock: Clock::Idle | Clock::Total } => Vec::new(),
+        }
+    }
+
+    fn hints_about_nobody(&self) -> Vec<String> {
+        if let Some(Refusals { count, last }) = self.server.refusals() {
+            return vec![format!("callers were refused {count} times, the last one because: {last}")];
+        }
+        vec![
+            "look at: was the builder started at all (image pull, quota, scheduling)?".into(),
+            "is phonehome-agent its entrypoint, with the PHONEHOME_ variables of this build? what does its own log say?".into(),
+            format!("can the builder reach {}? if not, see --advertise and --listen", self.url),
+        ]
     }
 
     async fn say(&self, line: &str) {
@@ -230,23 +279,11 @@ fn summary(verdict: &Verdict) -> String {
     }
 }
 
-/// What to look at when the build itself could not say what went wrong.
-fn hints(verdict: &Verdict, url: &str) -> Vec<String> {
-    let lines: &[&str] = match &verdict.outcome {
-        Outcome::TimedOut { clock: Clock::NeverConnected } => &[
-            "look at: was the builder started at all (image pull, quota, scheduling)?",
-            "is phonehome-agent its entrypoint, with the PHONEHOME_ variables of this build? what does its own log say?",
-        ],
-        Outcome::Lost { .. } => &[
-            "look at: was the builder evicted, out of memory or deleted, or its network cut?",
-            "everything that had arrived is above; raise --lost-timeout if it comes back later than that",
-        ],
-        Outcome::Cancelled { .. } | Outcome::Error { .. } | Outcome::Failed { .. } | Outcome::Succeeded => &[],
-        Outcome::TimedOut { clock: Clock::Idle | Clock::Total } => &[],
-    };
-    let reach = matches!(verdict.outcome, Outcome::TimedOut { clock: Clock::NeverConnected });
-    let reach = reach.then(|| format!("can the builder reach {url}? if not, see --advertise and --listen"));
-    lines.iter().map(|line| (*line).to_owned()).chain(reach).collect()
+/// What a signal says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Asked {
+    HungUp,
+    ToStop(&'static str),
 }
 
 /// Signals that say the pusher is gone, or wants to stop.
@@ -266,11 +303,11 @@ impl Hangups {
     }
 
     /// Cancel safe.
-    async fn next(&mut self) -> &'static str {
+    async fn next(&mut self) -> Asked {
         tokio::select! {
-            _ = self.hangup.recv() => "the pusher hung up",
-            _ = self.interrupt.recv() => "interrupted",
-            _ = self.terminate.recv() => "the hook was told to end",
+            _ = self.hangup.recv() => Asked::HungUp,
+            _ = self.interrupt.recv() => Asked::ToStop("interrupted"),
+            _ = self.terminate.recv() => Asked::ToStop("the hook was told to end"),
         }
     }
 }

@@ -58,5 +58,5 @@ pub use phonehome_proto::{
     frame::{End, Record, Stream},
     id::{BuildId, StepName},
 };
-pub use server::{Config, ExpectError, Expected, ExpectedBuild, Server, StartError};
+pub use server::{Config, ExpectError, Expected, ExpectedBuild, Refusals, Server, StartError};
 pub use store::Durability;

@@ -149,7 +149,10 @@ impl Visitor {
             "/healthz" if matches!(*request.method(), Method::GET | Method::HEAD) => text(StatusCode::OK, "ok\n"),
             "/healthz" => text(StatusCode::METHOD_NOT_ALLOWED, "only GET\n"),
             path if path == AGENT_PATH || path.ends_with(AGENT_PATH) => {
-                self.upgrade(request).unwrap_or_else(|refused| refused)
+                self.upgrade(request).unwrap_or_else(|refused| {
+                    self.shared.note_refusal(&format!("it was answered {}", refused.status()));
+                    refused
+                })
             }
             _ => text(StatusCode::NOT_FOUND, "not found; agents connect to /v1/agent\n"),
         }

@@ -1,6 +1,12 @@
 //! A server and its tasks: one listener, one task per connection, one clock per build.
 
-use std::{io, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    io,
+    net::SocketAddr,
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use phonehome_proto::id::{BuildId, StepName};
 use tokio::{net::TcpListener, time::timeout};
@@ -49,6 +55,25 @@ pub(crate) struct Shared {
     /// Connections that have said hello, for dividing the windows.
     pub(crate) agents: std::sync::atomic::AtomicU64,
     pub(crate) shutdown: CancellationToken,
+    refusals: Mutex<Option<Refusals>>,
+}
+
+impl Shared {
+    /// Somebody who called was turned away.
+    pub(crate) fn note_refusal(&self, reason: &str) {
+        let mut refusals = self.refusals.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = refusals.take().map_or(0, |refusals| refusals.count) + 1;
+        *refusals = Some(Refusals { count, last: reason.trim().to_owned() });
+    }
+}
+
+/// Callers that were turned away before they became anybody's agent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refusals {
+    /// How many.
+    pub count: u64,
+    /// Why, the last time.
+    pub last: String,
 }
 
 /// A running server. Dropping it stops its tasks without waiting for them; [`Server::shutdown`] is the polite way.
@@ -82,6 +107,9 @@ impl Expected {
 /// Why a build cannot be expected.
 #[derive(Debug, thiserror::Error)]
 pub enum ExpectError {
+    /// The data directory holds its verdict.
+    #[error("build {0} has its verdict already, see its verdict.json; use another build id")]
+    Ended(BuildId),
     /// There is one of that name already.
     #[error("build {0} is expected already")]
     Known(BuildId),
@@ -121,6 +149,7 @@ impl Server {
             store,
             agents: std::sync::atomic::AtomicU64::new(0),
             shutdown: CancellationToken::new(),
+            refusals: Mutex::new(None),
         });
         let tasks = TaskTracker::new();
         let (tls, pin) = identity.map_or((None, None), |identity| (Some(identity.config), Some(identity.pin)));
@@ -148,14 +177,23 @@ impl Server {
         format!("{scheme}://{host}:{port}")
     }
 
+    /// Callers that were turned away so far: what to look at when a build never connects.
+    #[must_use]
+    pub fn refusals(&self) -> Option<Refusals> {
+        self.shared.refusals.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     /// Starts to wait for a build: draws its token and starts its clocks.
     ///
     /// # Errors
     ///
-    /// When the build is known already or has no steps, or no token can be drawn.
+    /// When the build is known already, has its verdict in the data directory or has no steps, or no token can be drawn.
     pub fn expect(&self, expected: Expected) -> Result<ExpectedBuild, ExpectError> {
         if expected.steps.is_empty() {
             return Err(ExpectError::NoSteps);
+        }
+        if self.shared.store.has_verdict(expected.id.as_str()) {
+            return Err(ExpectError::Ended(expected.id));
         }
         let token = draw_token()?;
         let Expected { id, steps, clocks } = expected;
@@ -222,6 +260,12 @@ impl ExpectedBuild {
     #[must_use]
     pub fn was_connected(&self) -> bool {
         self.build.was_connected()
+    }
+
+    /// Whether it was told to stop, or has ended.
+    #[must_use]
+    pub fn is_cancelled(&self) -> bool {
+        self.build.is_cancelled()
     }
 
     /// Stops it: TERM to the command, KILL after the grace period. A second call does not wait for that.

@@ -172,14 +172,19 @@ impl Store {
         }
     }
 
+    /// Whether a build has its verdict.
+    pub(crate) fn has_verdict(&self, build: &str) -> bool {
+        self.root.join("builds").join(build).join("verdict.json").exists()
+    }
+
     /// Writes a build's verdict, unless it has one already: the first one wins.
     pub(crate) fn record_verdict(&self, build: &str, verdict: &[u8]) -> io::Result<bool> {
         let dir = self.root.join("builds").join(build);
         fs::create_dir_all(&dir)?;
-        let path = dir.join("verdict.json");
-        if path.try_exists()? {
+        if self.has_verdict(build) {
             return Ok(false);
         }
+        let path = dir.join("verdict.json");
         write_whole(&path, verdict, self.durability)?;
         Ok(true)
     }

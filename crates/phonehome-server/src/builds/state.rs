@@ -222,6 +222,11 @@ impl Life {
         self.steps.contains_key(step)
     }
 
+    /// How long a vanished agent is waited for.
+    pub(crate) fn lost_limit(&self) -> Option<Duration> {
+        self.clocks.lost
+    }
+
     /// The steps, as a person would list them.
     pub(crate) fn step_list(&self) -> String {
         self.order.iter().map(StepName::as_str).collect::<Vec<_>>().join(", ")

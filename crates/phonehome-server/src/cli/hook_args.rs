@@ -77,7 +77,7 @@ pub(super) struct HookArgs {
     lost_timeout: Limit,
 
     /// Between TERM and KILL when the build is stopped
-    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = humantime::parse_duration, help_heading = "Clocks")]
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = duration, help_heading = "Clocks")]
     grace_period: Duration,
 
     /// What becomes of the build when the person who pushed is gone
@@ -115,12 +115,21 @@ pub(super) struct HookArgs {
 struct Limit(Option<Duration>);
 
 impl FromStr for Limit {
-    type Err = humantime::DurationError;
+    type Err = String;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        if text == "off" { Ok(Self(None)) } else { humantime::parse_duration(text).map(|limit| Self(Some(limit))) }
+        if text == "off" { Ok(Self(None)) } else { duration(text).map(|limit| Self(Some(limit))) }
     }
 }
+
+/// A time such as 90s or 1h 30m.
+fn duration(text: &str) -> Result<Duration, String> {
+    let time = humantime::parse_duration(text).map_err(|error| error.to_string())?;
+    if time > LONGEST { Err("the longest time is 10 years, use off for no limit".into()) } else { Ok(time) }
+}
+
+/// Beyond this a point in time could not be told.
+const LONGEST: Duration = Duration::from_secs(10 * 366 * 24 * 3600);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Hangup {

@@ -25,6 +25,7 @@ pub(super) fn advertised(wish: Option<&str>, server: &Server) -> anyhow::Result<
 fn whole(url: &str) -> anyhow::Result<String> {
     let uri: Uri = url.parse().context("--advertise is not a URL")?;
     ensure!(matches!(uri.scheme_str(), Some("ws" | "wss")), "--advertise must start with wss:// or ws://");
+    ensure!(uri.query().is_none() && !url.contains('@'), "--advertise must have neither a query nor credentials");
     Ok(url.to_owned())
 }
 
@@ -32,9 +33,13 @@ fn host_and_port(text: &str) -> anyhow::Result<(String, Option<u16>)> {
     if let Ok(ip) = text.parse::<IpAddr>() {
         return Ok((ip.to_string(), None));
     }
-    let authority: Authority = text.parse().context("--advertise must be HOST, HOST:PORT or a wss:// address")?;
+    let authority: Authority = text.parse().context(FORMS)?;
+    let rest = text.strip_prefix(authority.host());
+    ensure!(rest.is_some_and(|rest| rest.is_empty() || authority.port_u16().is_some()), FORMS);
     Ok((authority.host().trim_matches(['[', ']']).to_owned(), authority.port_u16()))
 }
+
+const FORMS: &str = "--advertise must be HOST, HOST:PORT or a wss:// address";
 
 /// The source address of a packet to the outside. Connecting a datagram socket sends nothing (udp(7)).
 fn default_route_address() -> IpAddr {
@@ -64,7 +69,9 @@ mod tests {
         ] {
             assert_eq!(host_and_port(text).unwrap(), (host.to_owned(), port));
         }
-        assert!(host_and_port("a b").is_err());
+        for bad in ["a b", "host:99999", "host:", "user@host", "host:1x"] {
+            assert!(host_and_port(bad).is_err(), "{bad}");
+        }
         assert!(whole("https://git.example").is_err());
     }
 }

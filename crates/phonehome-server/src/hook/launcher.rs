@@ -64,6 +64,7 @@ impl Launcher {
                 Self { group, state: State::Running(child), readers }
             }
             Err(error) => {
+                readers.close();
                 let reason = format!("{} could not be started: {error}", program.to_string_lossy());
                 Self { state: State::NotStarted(reason), group: None, readers }
             }

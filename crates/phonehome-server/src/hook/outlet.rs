@@ -7,7 +7,6 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
-    time::Duration,
 };
 
 use bytes::Bytes;
@@ -20,13 +19,15 @@ use tokio::{
     time::timeout,
 };
 
+use super::pusher::STALL;
+
 /// A stream that is written in order.
 #[derive(Debug)]
 pub(super) struct Outlet {
     blocks: mpsc::Sender<Bytes>,
     ended: oneshot::Receiver<io::Result<()>>,
-    /// Pieces written so far: tells a slow reader from none.
-    pieces: Arc<AtomicU64>,
+    /// Bytes written so far, to all streams: tells a slow reader from none.
+    written: Arc<AtomicU64>,
 }
 
 /// Nobody reads this stream, and why.
@@ -39,27 +40,23 @@ const QUEUE: usize = 4;
 /// Bytes written at once: a reader who takes this much in [`STALL`] still reads.
 const PIECE: usize = 16 * 1024;
 
-/// A reader that takes nothing for this long has stopped reading.
-const STALL: Duration = Duration::from_secs(30);
-
 impl Outlet {
-    pub(super) fn open(stream: BorrowedFd<'static>) -> io::Result<Self> {
+    pub(super) fn open(stream: BorrowedFd<'static>, written: Arc<AtomicU64>) -> io::Result<Self> {
         let (blocks, mut queue) = mpsc::channel::<Bytes>(QUEUE);
         let (end, ended) = oneshot::channel();
-        let pieces = Arc::new(AtomicU64::new(0));
-        let written = pieces.clone();
+        let count = written.clone();
         std::thread::Builder::new().name("outlet".into()).spawn(move || {
             let mut write = |block: Bytes| {
                 block.chunks(PIECE).try_for_each(|piece| {
                     write_all(stream, piece)?;
-                    written.fetch_add(1, Ordering::Relaxed);
+                    count.fetch_add(piece.len() as u64, Ordering::Relaxed);
                     Ok(())
                 })
             };
             let result = std::iter::from_fn(|| queue.blocking_recv()).try_for_each(&mut write);
             drop(end.send(result)); // the printer may be gone
         })?;
-        Ok(Self { blocks, ended, pieces })
+        Ok(Self { blocks, ended, written })
     }
 
     /// Queues a block as soon as there is room, or finds out that nobody reads.
@@ -67,7 +64,7 @@ impl Outlet {
         if block.is_empty() {
             return Ok(());
         }
-        match watch(&self.pieces, self.blocks.send(block)).await? {
+        match watch(&self.written, self.blocks.send(block)).await? {
             Ok(()) => Ok(()),
             Err(_) => Err(self.broken().await),
         }
@@ -84,21 +81,21 @@ impl Outlet {
     /// Waits until everything is written.
     pub(super) async fn finish(mut self) -> Result<(), Unread> {
         drop(self.blocks);
-        match watch(&self.pieces, &mut self.ended).await? {
+        match watch(&self.written, &mut self.ended).await? {
             Ok(Err(error)) => Err(Unread(format!("the output cannot be written: {error}"))),
             Ok(Ok(())) | Err(_) => Ok(()),
         }
     }
 }
 
-/// Waits for `work` as long as pieces are being written.
-async fn watch<T>(pieces: &AtomicU64, work: impl Future<Output = T>) -> Result<T, Unread> {
+/// Waits for `work` as long as anything is being written.
+async fn watch<T>(written: &AtomicU64, work: impl Future<Output = T>) -> Result<T, Unread> {
     let mut work = std::pin::pin!(work);
     loop {
-        let before = pieces.load(Ordering::Relaxed);
+        let before = written.load(Ordering::Relaxed);
         match timeout(STALL, &mut work).await {
             Ok(result) => return Ok(result),
-            Err(_) if pieces.load(Ordering::Relaxed) == before => {
+            Err(_) if written.load(Ordering::Relaxed) == before => {
                 return Err(Unread(format!("nobody has read the output for {} s", STALL.as_secs())));
             }
             Err(_) => {}
@@ -118,30 +115,6 @@ fn write_all(stream: BorrowedFd<'_>, mut block: &[u8]) -> io::Result<()> {
         }
     }
     Ok(())
-}
-
-/// Completes when the reading end of one of these pipes is closed (poll(2), `POLLERR`), without a byte being written.
-/// Never for what is not a pipe. A thread waits, because the descriptors are shared with others and so must not be made
-/// non-blocking; it ends with the process.
-pub(super) async fn closed(streams: &[BorrowedFd<'static>]) {
-    let pipes: Vec<_> = streams.iter().copied().filter(|stream| is_pipe(*stream)).collect();
-    let (tell, told) = oneshot::channel();
-    let watching = !pipes.is_empty()
-        && std::thread::Builder::new().name("pusher".into()).spawn(move || wait_for_error(&pipes, tell)).is_ok();
-    if !watching || told.await.is_err() {
-        std::future::pending::<()>().await;
-    }
-}
-
-fn wait_for_error(pipes: &[BorrowedFd<'static>], tell: oneshot::Sender<()>) {
-    let mut polled: Vec<_> = pipes.iter().map(|pipe| PollFd::from_borrowed_fd(*pipe, PollFlags::empty())).collect();
-    loop {
-        match poll(&mut polled, None) {
-            Ok(0) | Err(Errno::INTR) => {}
-            Ok(1..) => return tell.send(()).unwrap_or(()), // nobody may wait for it any more
-            Err(_) => return,
-        }
-    }
 }
 
 /// Whether a stream is a pipe or a socket: what lies between a hook and git.

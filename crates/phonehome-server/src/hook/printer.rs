@@ -2,6 +2,7 @@
 
 use std::{
     io::{self, Write},
+    sync::{Arc, atomic::AtomicU64},
     time::Duration,
 };
 
@@ -18,7 +19,8 @@ use tokio::{
 };
 
 use super::{
-    outlet::{Outlet, Unread, closed},
+    outlet::{Outlet, Unread},
+    pusher,
     screen::{Screen, Source, Target},
 };
 use crate::{BuildLog, LogItem, LogRecord, builds::expiry};
@@ -99,32 +101,38 @@ impl Printer {
 
     async fn run(mut self) -> Result<(), Unread> {
         let unusable = |error: io::Error| Unread(format!("the output cannot be used: {error}"));
+        let written = Arc::new(AtomicU64::new(0));
         let mut outlets = Outlets {
-            stdout: Outlet::open(stdio::stdout()).map_err(unusable)?,
-            stderr: Outlet::open(stdio::stderr()).map_err(unusable)?,
+            stdout: Outlet::open(stdio::stdout(), written.clone()).map_err(unusable)?,
+            stderr: Outlet::open(stdio::stderr(), written.clone()).map_err(unusable)?,
         };
         let mut log_ended = false;
         let mut hook_ended = false;
-        let streams = [stdio::stdout(), stdio::stderr()];
-        let mut pusher_gone = std::pin::pin!(closed(&streams));
+        let mut notice = None;
+        let mut pusher_gone = std::pin::pin!(pusher::gone([stdio::stdout(), stdio::stderr()], written));
         while !(log_ended && hook_ended) {
             let screen_at = self.screen.poll_timeout();
             let keepalive_at = self.keepalive_at();
             tokio::select! {
                 biased; // all of the build's output comes before the hook's last words
-                () = &mut pusher_gone => return Err(Unread("the pusher is gone".into())),
+                reason = &mut pusher_gone => return Err(Unread(reason)),
                 item = self.log.next(), if !log_ended => match item {
                     Ok(Some(item)) => self.show_batch(item),
-                    Ok(None) => log_ended = true,
+                    Ok(None) => {
+                        self.screen.finish(); // an unfinished last line comes before what is said about the end
+                        log_ended = true;
+                    }
                     Err(error) => {
                         self.own_line(&format!("the stored log cannot be read: {error}"));
                         log_ended = true;
                     }
                 },
-                notice = self.notices.recv(), if !hook_ended => match notice {
+                // Shown when the log was looked at once more: what came before the notice may have just arrived.
+                () = std::future::ready(()), if notice.is_some() => match notice.take() {
                     Some(Notice::End) | None => hook_ended = true,
                     Some(notice) => self.show_notice(notice),
                 },
+                next = self.notices.recv(), if !hook_ended => notice = next.or(Some(Notice::End)),
                 () = expiry(screen_at) => self.screen.handle_timeout(Instant::now()),
                 () = expiry(keepalive_at), if !log_ended => self.keep_alive(),
             }

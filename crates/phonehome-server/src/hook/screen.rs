@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, os::fd::BorrowedFd};
 
 use bytes::Bytes;
 use phonehome_proto::{frame::Stream, id::StepName};
-use rustix::{stdio, termios::isatty};
+use rustix::{fs::fstat, stdio, termios::isatty};
 use tokio::time::Instant;
 
 use super::{
@@ -49,6 +49,9 @@ pub(super) enum Source {
 #[derive(Debug)]
 pub(super) struct Screen {
     modes: [Render; 2],
+    /// Whether both descriptors lead to the same place, as under git: then one carries everything, or they would cut into
+    /// each other's lines.
+    joined: bool,
     color: bool,
     prefixes: bool,
     tracts: BTreeMap<Source, Tract>,
@@ -75,12 +78,13 @@ struct Safe {
 impl Screen {
     pub(super) fn open(choice: RenderChoice, color: Choice, prefixes: bool) -> Self {
         let modes = [mode(choice, stdio::stdout()), mode(choice, stdio::stderr())];
-        Self::new(modes, color == Choice::Yes, prefixes)
+        let joined = is_same(stdio::stdout(), stdio::stderr());
+        Self { joined, ..Self::new(modes, color == Choice::Yes, prefixes) }
     }
 
     fn new(modes: [Render; 2], color: bool, prefixes: bool) -> Self {
         let out = [Vec::new(), Vec::new()];
-        Self { modes, color, prefixes, tracts: BTreeMap::new(), at_start: [true; 2], out }
+        Self { modes, joined: false, color, prefixes, tracts: BTreeMap::new(), at_start: [true; 2], out }
     }
 
     /// Whether a person watches, as far as one can tell.
@@ -161,10 +165,7 @@ impl Screen {
     }
 
     fn target(&self, source: &Source) -> Target {
-        match source {
-            Source::Build(_, target) => *target,
-            Source::Launcher => Target::Stderr,
-        }
+        source.target(self.joined)
     }
 
     /// Whether what is written to `target` appears among the lines of standard error.
@@ -177,10 +178,7 @@ impl Screen {
         let target = self.target(writer);
         let both = self.modes[0] != Render::Raw && self.modes[1] != Render::Raw;
         for (source, tract) in self.tracts.iter_mut().filter(|(source, _)| *source != writer) {
-            let other = match source {
-                Source::Build(_, other) => *other,
-                Source::Launcher => Target::Stderr,
-            };
+            let other = source.target(self.joined);
             if both || other == target {
                 tract.interrupt(&mut self.out[other as usize]);
             }
@@ -189,13 +187,20 @@ impl Screen {
 
     fn interrupt_all(&mut self, target: Target) {
         for (source, tract) in &mut self.tracts {
-            let other = match source {
-                Source::Build(_, other) => *other,
-                Source::Launcher => Target::Stderr,
-            };
+            let other = source.target(self.joined);
             if other == target {
                 tract.interrupt(&mut self.out[other as usize]);
             }
+        }
+    }
+}
+
+impl Source {
+    /// Where it is written to.
+    fn target(&self, joined: bool) -> Target {
+        match self {
+            Self::Build(_, target) if !joined => *target,
+            Self::Build(..) | Self::Launcher => Target::Stderr,
         }
     }
 }
@@ -281,6 +286,12 @@ fn prefix(source: &Source, prefixes: bool) -> Vec<u8> {
     }
 }
 
+/// Whether two descriptors are of the same file, pipe or terminal.
+fn is_same(a: BorrowedFd<'_>, b: BorrowedFd<'_>) -> bool {
+    let place = |stream| fstat(stream).map(|stat| (stat.st_dev, stat.st_ino));
+    matches!((place(a), place(b)), (Ok(a), Ok(b)) if a == b)
+}
+
 fn mode(choice: RenderChoice, stream: BorrowedFd<'_>) -> Render {
     match choice {
         RenderChoice::Raw => Render::Raw,
@@ -327,6 +338,18 @@ mod tests {
         screen.finish();
         assert_eq!(screen.take(Target::Stderr), &b"err\n"[..]);
         assert_eq!(screen.take(Target::Stdout), &b"out\n"[..]);
+    }
+
+    #[test]
+    fn what_shares_a_pipe_keeps_its_order() {
+        let mut screen = Screen { joined: true, ..Screen::new([Render::Raw; 2], true, false) };
+        let now = Instant::now();
+        screen.show(build(Target::Stdout), b"out\n", now);
+        screen.show(build(Target::Stderr), b"err\n", now);
+        screen.show(build(Target::Stdout), b"partial", now);
+        screen.own_line("phonehome: hello");
+        assert_eq!(screen.take(Target::Stdout), &b""[..]);
+        assert_eq!(screen.take(Target::Stderr), &b"out\nerr\npartial\nphonehome: hello\n"[..]);
     }
 
     fn build(target: Target) -> Source {

@@ -168,7 +168,10 @@ impl Current {
             log.hole(stored, oldest);
             log.tally.skip_to(oldest);
             log.lost += oldest - stored;
-            log.flush(durability)?;
+            if let Err(error) = log.flush(durability) {
+                self.fail(&error);
+                return Err(error.into());
+            }
             receiver = Receiver::resume(log.tally.clone(), log.lost, log.finished.clone());
             self.publish();
         }
