@@ -33,6 +33,7 @@ main() {
     saw "checking leap.awk" "the build's standard output"
     saw "no case before 1583" "the build's standard error"
     saw "build succeeded; the log is complete" "the verdict"
+    verdict_is_last
     [ "$(seconds_between "checking leap.awk" "build succeeded")" -ge 1 ] ||
         fail "the output should have arrived while the build ran, not at its end"
     accepted=$(git -C "$work/project" rev-parse HEAD)
@@ -45,6 +46,7 @@ main() {
     [ "$push_status" -ne 0 ] || fail "the push should have been refused"
     saw "FAIL 1900" "the failing test"
     saw "build failed.*exit code 3.*the log is complete" "the verdict"
+    verdict_is_last
     saw "pre-receive hook declined" "git's refusal"
     [ "$(remote_main)" = "$accepted" ] || fail "main should still be at $accepted"
     say "Refused: main is still at $(short "$accepted")"
@@ -90,7 +92,7 @@ make_hooks() {
 	cd "$tree"
 	tar -xf "$tree.tar"
 	echo "launcher: building $ref"
-	phonehome-agent --tee off -- sh ./build.sh </dev/null >"$DEMO/agent.log" 2>&1 &
+	phonehome-agent --tee off --log-level info -- sh ./build.sh </dev/null >"$DEMO/agent.log" 2>&1 &
 	echo $! >"$DEMO/agent.pid"
 	END
     chmod +x "$work/project.git/hooks/pre-receive" "$work/project.git/hooks/launch-builder"
@@ -181,6 +183,11 @@ show_and_time() {
 }
 
 saw() { grep -q "$1" "$work/push.log" || fail "$2 is missing from what git push printed"; }
+
+verdict_is_last() {
+    grep "remote: " "$work/push.log" | tail -n 1 | grep -q "phonehome: build" ||
+        fail "the verdict should have come after all of the build's output"
+}
 
 seconds_between() {
     first=$(sed -n "/$1/{s/ .*//p;q;}" "$work/push.log")
