@@ -19,23 +19,41 @@ use phonehome_proto::{
     tally::Tally,
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use tokio::{
-    net::unix::pipe::Receiver,
-    sync::{oneshot, watch},
-    time::Instant,
-};
+use tokio::{net::unix::pipe::Receiver, sync::watch, time::Instant};
 use tracing::warn;
 
-use crate::{console::Copier, outbox::Outbox};
+use crate::{
+    command::{PIPE_SIZE, Pipes},
+    console::{Copier, STALLED},
+    outbox::Outbox,
+};
 
 /// Reads both pipes to their ends.
 pub(crate) struct Capture {
-    pub(crate) stdout: Option<Receiver>,
-    pub(crate) stderr: Option<Receiver>,
-    pub(crate) outbox: Arc<Outbox>,
-    pub(crate) copier: Option<Copier>,
+    pipes: [Option<Receiver>; 2],
+    outbox: Arc<Outbox>,
+    copier: Option<Copier>,
     /// When output was last seen, for heartbeats.
-    pub(crate) last_output: watch::Sender<Instant>,
+    last_output: watch::Sender<Instant>,
+    waivers: watch::Receiver<Waivers>,
+    tally: Tally,
+    /// Whether output was read that is in no record. None follows it.
+    cut: bool,
+    /// What may still be read from each pipe once nobody is left to fill it, bytes.
+    rest: [usize; 2],
+}
+
+/// What a capture need not wait for any more.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Waivers {
+    /// A copy that makes no progress: the command has ended, so it is not the command that waits for its reader.
+    pub(crate) stalled_copy: bool,
+    /// A slow copy.
+    pub(crate) copy: bool,
+    /// Writers: nobody is left who should write; only what is in the pipes is still read.
+    pub(crate) writers: bool,
+    /// Room in the outbox: time is up.
+    pub(crate) room: bool,
 }
 
 /// What has been read, for FINISHED.
@@ -43,6 +61,8 @@ pub(crate) struct Capture {
 pub(crate) struct Captured {
     pub(crate) tally: Tally,
     pub(crate) copier: Option<Copier>,
+    /// Whether output is missing: there must be no FINISHED then.
+    pub(crate) cut: bool,
 }
 
 /// Blocks closer together than this are a burst.
@@ -55,74 +75,123 @@ const PAUSE: Duration = Duration::from_millis(1);
 const MIN_READ: usize = 4 * 1024;
 
 impl Capture {
-    /// Runs until both pipes are at their ends, or until `stop` says that nobody is left who should write to them; then
-    /// what is already in the pipes is still read.
-    pub(crate) async fn run(mut self, mut stop: oneshot::Receiver<()>) -> Captured {
-        let mut tally = Tally::default();
+    pub(crate) fn new(
+        pipes: Pipes,
+        outbox: Arc<Outbox>,
+        copier: Option<Copier>,
+        last_output: watch::Sender<Instant>,
+        waivers: watch::Receiver<Waivers>,
+    ) -> Self {
+        let pipes = [Some(pipes.stdout), pipes.stderr];
+        Self { pipes, outbox, copier, last_output, waivers, tally: Tally::default(), cut: false, rest: [PIPE_SIZE; 2] }
+    }
+
+    /// Runs until both pipes are at their ends, or until nothing is left that the [`Waivers`] let it wait for.
+    pub(crate) async fn run(mut self) -> Captured {
         let mut buffer = BytesMut::new();
-        let mut stopped = false;
-        while self.stdout.is_some() || self.stderr.is_some() {
-            self.outbox.room().await;
-            let stream = tokio::select! {
-                biased;
-                stream = self.readable() => stream,
-                _ = &mut stop, if !stopped => { stopped = true; continue }
-                () = std::future::ready(()), if stopped && !self.holds_bytes() => break,
+        while self.pipes.iter().any(Option::is_some) && !(self.cut && self.copier.is_none()) {
+            let Some(stream) = self.readable().await else {
+                tell_held_open();
+                break;
             };
-            let Some(full) = self.read(stream, &mut buffer, &mut tally).await else { continue };
+            let keep = !self.cut && self.room().await;
+            let Some(full) = self.read(stream, &mut buffer, keep).await else { continue };
             let now = Instant::now();
             let burst = now.duration_since(self.last_output.send_replace(now)) < BURST;
             if burst && !full {
                 tokio::time::sleep(PAUSE).await;
             }
         }
-        Captured { tally, copier: self.copier }
+        Captured { tally: self.tally, copier: self.copier, cut: self.cut }
+    }
+
+    /// Waits for a pipe with something to read, or at its end. `None` when the pipes are empty and need not be waited
+    /// for.
+    async fn readable(&mut self) -> Option<Stream> {
+        loop {
+            let writers_waived = self.waivers.borrow_and_update().writers;
+            if writers_waived && !self.holds_bytes() {
+                return None;
+            }
+            let [stdout, stderr] = &self.pipes;
+            tokio::select! {
+                biased;
+                () = readable(stdout.as_ref()) => return Some(Stream::Stdout),
+                () = readable(stderr.as_ref()) => return Some(Stream::Stderr),
+                () = waived(&mut self.waivers, |waivers| waivers.writers), if !writers_waived => {}
+            }
+        }
     }
 
     /// Whether a pipe has something to read at this moment, asked of the system: the runtime may not know yet.
     fn holds_bytes(&self) -> bool {
-        [&self.stdout, &self.stderr].into_iter().flatten().any(|pipe| {
+        self.pipes.iter().flatten().any(|pipe| {
             let mut polled = [PollFd::from_borrowed_fd(pipe.as_fd(), PollFlags::IN)];
             poll(&mut polled, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
         })
     }
 
-    /// Waits for a pipe with something to read, or at its end.
-    async fn readable(&mut self) -> Stream {
+    /// Waits until one more record fits. Says whether it does.
+    async fn room(&mut self) -> bool {
         tokio::select! {
-            () = readable(self.stdout.as_ref()) => Stream::Stdout,
-            () = readable(self.stderr.as_ref()) => Stream::Stderr,
+            biased;
+            () = self.outbox.room() => true,
+            () = waived(&mut self.waivers, |waivers| waivers.room) => false,
         }
     }
 
     /// Reads one block and passes it on. Says whether as much came as there was room for; `None` when nothing came.
-    async fn read(&mut self, stream: Stream, buffer: &mut BytesMut, tally: &mut Tally) -> Option<bool> {
-        let pipe = if stream == Stream::Stdout { &mut self.stdout } else { &mut self.stderr };
-        let room = prepare(buffer);
-        match pipe.as_ref()?.try_read_buf(&mut (&mut *buffer).limit(room)) {
-            Ok(0) => *pipe = None,
+    async fn read(&mut self, stream: Stream, buffer: &mut BytesMut, keep: bool) -> Option<bool> {
+        let at = usize::from(stream.number());
+        let draining = self.waivers.borrow().writers;
+        let room = prepare(buffer).min(if draining { self.rest[at] } else { usize::MAX });
+        match self.pipes[at].as_ref()?.try_read_buf(&mut (&mut *buffer).limit(room)) {
+            Ok(0) => {
+                if room == 0 {
+                    tell_held_open(); // by somebody who never pauses
+                }
+                self.pipes[at] = None;
+            }
             Ok(count) => {
-                self.pass_on(stream, buffer.split(), tally).await;
+                self.rest[at] -= if draining { count } else { 0 };
+                self.pass_on(stream, buffer.split(), keep).await;
                 return Some(count == room);
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             Err(error) => {
                 warn!(?stream, "reading the command's output failed: {error}");
-                *pipe = None;
+                self.pipes[at] = None;
             }
         }
         None
     }
 
-    async fn pass_on(&mut self, stream: Stream, block: BytesMut, tally: &mut Tally) {
-        let sealed = seal(block, tally.next(), now_micros(), stream, tally.offset(stream));
-        tally.add(&sealed.record);
-        let payload = self.copier.is_some().then(|| sealed.record.payload.clone());
-        self.outbox.push(sealed);
-        if let (Some(copier), Some(payload)) = (&self.copier, payload) {
-            copier.copy(stream, payload).await;
+    async fn pass_on(&mut self, stream: Stream, mut block: BytesMut, keep: bool) {
+        let payload = if keep {
+            let sealed = seal(block, self.tally.next(), now_micros(), stream, self.tally.offset(stream));
+            self.tally.add(&sealed.record);
+            let payload = sealed.record.payload.clone();
+            self.outbox.push(sealed);
+            payload
+        } else {
+            self.cut = true;
+            block.split_off(HEADROOM).freeze()
+        };
+        let Some(copier) = &self.copier else { return };
+        let copied = tokio::select! {
+            biased;
+            () = copier.copy(stream, payload) => true,
+            () = late(&mut self.waivers) => false,
+        };
+        if !copied {
+            warn!("nobody reads the copy of the command's output; it is cut off");
+            self.copier = None;
         }
     }
+}
+
+fn tell_held_open() {
+    warn!("output is still held open by a process outside the command's group; it is read no further");
 }
 
 /// Never completes without a pipe.
@@ -130,6 +199,22 @@ async fn readable(pipe: Option<&Receiver>) {
     match pipe {
         Some(pipe) => drop(pipe.readable().await), // an error shows again in the read that follows
         None => std::future::pending().await,
+    }
+}
+
+/// Completes when a copy that has not found room since now need not be waited for.
+async fn late(waivers: &mut watch::Receiver<Waivers>) {
+    waived(waivers, |waivers| waivers.stalled_copy || waivers.copy).await;
+    tokio::select! {
+        () = tokio::time::sleep(STALLED) => {}
+        () = waived(waivers, |waivers| waivers.copy) => {}
+    }
+}
+
+/// Never completes when nobody is left to waive anything.
+async fn waived(waivers: &mut watch::Receiver<Waivers>, which: impl FnMut(&Waivers) -> bool) {
+    if waivers.wait_for(which).await.is_err() {
+        std::future::pending().await
     }
 }
 
@@ -172,8 +257,8 @@ mod tests {
         let (mut stdout, out) = tokio::net::unix::pipe::pipe().unwrap();
         let (mut stderr, err) = tokio::net::unix::pipe::pipe().unwrap();
         let outbox = Arc::new(Outbox::new(8 << 20));
-        let (_stop, stopped) = oneshot::channel();
-        let capture = tokio::spawn(capture(out, err, &outbox).run(stopped));
+        let (_waive, waivers) = watch::channel(Waivers::default());
+        let capture = tokio::spawn(capture(out, Some(err), &outbox, waivers).run());
         let text = vec![b'x'; 3 * MAX_PAYLOAD + 1];
         stdout.write_all(&text).await.unwrap();
         stderr.write_all(b"e").await.unwrap();
@@ -182,22 +267,64 @@ mod tests {
         let counts = captured.tally.counts();
         assert_eq!((counts.stdout.bytes, counts.stderr.bytes), (text.len() as u64, 1));
         assert_eq!(outbox.with(|sender| sender.next()), counts.records());
+        assert!(!captured.cut);
     }
 
     #[tokio::test]
-    async fn a_stopped_capture_still_reads_what_is_in_the_pipe() {
+    async fn without_writers_it_still_reads_what_is_in_the_pipe() {
         let (mut stdout, out) = tokio::net::unix::pipe::pipe().unwrap();
         let (_stderr, err) = tokio::net::unix::pipe::pipe().unwrap();
         stdout.write_all(b"last words").await.unwrap();
-        let (stop, stopped) = oneshot::channel();
-        stop.send(()).unwrap();
+        let (_waive, waivers) = watch::channel(Waivers { writers: true, ..Waivers::default() });
         let outbox = Arc::new(Outbox::new(8 << 20));
-        let captured = capture(out, err, &outbox).run(stopped).await;
+        let captured = capture(out, Some(err), &outbox, waivers).run().await;
         assert_eq!(captured.tally.counts().stdout.bytes, 10);
     }
 
-    fn capture(stdout: Receiver, stderr: Receiver, outbox: &Arc<Outbox>) -> Capture {
+    #[tokio::test]
+    async fn a_writer_that_never_pauses_does_not_keep_it() {
+        let (mut stdout, out) = tokio::net::unix::pipe::pipe().unwrap();
+        let writer = tokio::spawn(async move { while stdout.write_all(&[b'x'; MAX_PAYLOAD]).await.is_ok() {} });
+        let (_waive, waivers) = watch::channel(Waivers { writers: true, ..Waivers::default() });
+        let outbox = Arc::new(Outbox::new(8 << 20));
+        while !capture_is_readable(&out) {
+            tokio::task::yield_now().await;
+        }
+        let captured = tokio::time::timeout(PATIENCE, capture(out, None, &outbox, waivers).run()).await.unwrap();
+        assert!((1..=PIPE_SIZE as u64).contains(&captured.tally.counts().stdout.bytes));
+        writer.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_full_outbox_cuts_it_only_when_time_is_up_and_only_if_something_is_lost() {
+        for (text, cut) in [(&b"more"[..], true), (b"", false)] {
+            let (mut stdout, out) = tokio::net::unix::pipe::pipe().unwrap();
+            stdout.write_all(text).await.unwrap();
+            drop(stdout);
+            let (waive, waivers) = watch::channel(Waivers::default());
+            let outbox = Arc::new(Outbox::new(0));
+            let mut capture = tokio::spawn(capture(out, None, &outbox, waivers).run());
+            assert!(tokio::time::timeout(Duration::from_millis(50), &mut capture).await.is_err());
+            waive.send_modify(|waivers| waivers.room = true);
+            let captured = tokio::time::timeout(PATIENCE, capture).await.unwrap().unwrap();
+            assert_eq!((captured.cut, captured.tally.next()), (cut, 0));
+        }
+    }
+
+    const PATIENCE: Duration = Duration::from_secs(20);
+
+    fn capture_is_readable(pipe: &Receiver) -> bool {
+        let mut polled = [PollFd::from_borrowed_fd(pipe.as_fd(), PollFlags::IN)];
+        poll(&mut polled, Some(&Timespec::default())).unwrap() > 0
+    }
+
+    fn capture(
+        stdout: Receiver,
+        stderr: Option<Receiver>,
+        outbox: &Arc<Outbox>,
+        waivers: watch::Receiver<Waivers>,
+    ) -> Capture {
         let (last_output, _) = watch::channel(Instant::now());
-        Capture { stdout: Some(stdout), stderr: Some(stderr), outbox: outbox.clone(), copier: None, last_output }
+        Capture::new(Pipes { stdout, stderr }, outbox.clone(), None, last_output, waivers)
     }
 }

@@ -3,18 +3,21 @@
 mod signals;
 
 use std::{
+    borrow::Cow,
     ffi::OsString,
     io,
     os::{fd::OwnedFd, unix::process::CommandExt},
     process::Stdio,
 };
 
-use phonehome_proto::frame::End;
+use phonehome_proto::{frame::End, limits::MAX_TEXT};
 use rustix::{
     pipe::{PipeFlags, fcntl_setpipe_size, pipe_with},
     process::{
-        DumpableBehavior, Pid, Signal, WaitOptions, WaitStatus, getpid, kill_process_group, test_kill_process_group,
+        DumpableBehavior, Pid, Signal, WaitOptions, WaitStatus, getpgrp, getpid, kill_process_group,
+        test_kill_process_group,
     },
+    termios::{tcgetpgrp, tcsetpgrp},
 };
 use tokio::net::unix::pipe::Receiver;
 use tracing::{debug, warn};
@@ -52,7 +55,7 @@ pub(crate) struct Pipes {
 const SECRET_VARIABLES: [&str; 1] = ["PHONEHOME_TOKEN"];
 
 /// Capacity asked for a pipe, bytes: the most an unprivileged process gets (pipe(7), `/proc/sys/fs/pipe-max-size`).
-const PIPE_SIZE: usize = 1024 * 1024;
+pub(crate) const PIPE_SIZE: usize = 1024 * 1024;
 
 /// Makes the pipes before the command exists, so that not even its first byte can be missed.
 pub(crate) fn pipes(merge: bool) -> io::Result<(Output, Pipes)> {
@@ -100,7 +103,22 @@ impl Command {
         }
         let child = process.spawn().map_err(|error| not_started(&program.to_string_lossy(), &error))?;
         let leader = Pid::from_raw(child.id().cast_signed()).expect("a child's process id is positive");
-        Ok(Self { leader, end: None })
+        let command = Self { leader, end: None };
+        command.take_terminal();
+        Ok(command)
+    }
+
+    /// Hands the terminal over, if there is one and it is this process's to give: only its foreground group may read it
+    /// (tcsetpgrp(3)). From then on the terminal's own signals, Ctrl-C's say, go to the command.
+    fn take_terminal(&self) {
+        let terminal = rustix::stdio::stdin();
+        if !tcgetpgrp(terminal).is_ok_and(|foreground| foreground == getpgrp()) {
+            return;
+        }
+        match tcsetpgrp(terminal, self.leader) {
+            Ok(()) => self.signal(Signal::CONT), // it may have been stopped by a read that came before
+            Err(errno) => warn!("the command cannot read from the terminal: {errno}"),
+        }
     }
 
     /// Reaps every child that has ended: the command, and orphans that the system handed to this process. Nothing else
@@ -146,5 +164,35 @@ const CORE: i32 = 0x80;
 
 fn not_started(program: &str, error: &io::Error) -> End {
     let code = if error.kind() == io::ErrorKind::NotFound { EXIT_NOT_FOUND } else { EXIT_NOT_EXECUTABLE };
-    End::NotStarted { code, reason: format!("cannot run {program}: {error}") }
+    let why = format!(": {error}");
+    let program = shortened(program, MAX_TEXT.saturating_sub(CANNOT_RUN.len() + why.len()));
+    End::NotStarted { code, reason: format!("{CANNOT_RUN}{program}{why}") }
+}
+
+const CANNOT_RUN: &str = "cannot run ";
+
+/// At most `limit` bytes of `text`, and a sign that there was more.
+fn shortened(text: &str, limit: usize) -> Cow<'_, str> {
+    const MORE: char = '…';
+    if text.len() <= limit {
+        return text.into();
+    }
+    let most = limit.saturating_sub(MORE.len_utf8());
+    let start = (0..=most).rev().find_map(|end| text.get(..end)).unwrap_or_default();
+    format!("{start}{MORE}").into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reason_keeps_to_its_limit_and_says_what_failed() {
+        for name in ["x".repeat(70_000), "€".repeat(70_000)] {
+            let End::NotStarted { reason, .. } = not_started(&name, &io::Error::other("too long")) else {
+                unreachable!("nothing ran");
+            };
+            assert!((MAX_TEXT - 3..=MAX_TEXT).contains(&reason.len()) && reason.ends_with("…: too long"), "{reason}");
+        }
+    }
 }

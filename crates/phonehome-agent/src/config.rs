@@ -1,9 +1,15 @@
 //! The command line: [`Args`] as typed, [`Config`] as checked.
 
-use std::{ffi::OsString, fmt, io, path::PathBuf, process::ExitCode, time::Duration};
+use std::{
+    ffi::{OsStr, OsString},
+    fmt, io,
+    path::PathBuf,
+    process::ExitCode,
+    time::Duration,
+};
 
 use bytesize::ByteSize;
-use clap::{Parser, ValueEnum, error::ErrorKind};
+use clap::{CommandFactory, FromArgMatches, Parser, ValueEnum, builder::Resettable, error::ErrorKind};
 use http::Uri;
 use phonehome_proto::{
     id::{BuildId, NameError, StepName},
@@ -78,7 +84,7 @@ pub struct Args {
     pub merge: bool,
 
     /// How long to stay after the command's end until the server has accepted its log
-    #[arg(long, env = "PHONEHOME_LINGER", value_name = "TIME", default_value = "30s", value_parser = humantime::parse_duration, help_heading = "Delivery")]
+    #[arg(long, env = "PHONEHOME_LINGER", value_name = "TIME", default_value = "30s", value_parser = duration, help_heading = "Delivery")]
     pub linger: Duration,
 
     /// Start the command now and hold its output until the server answers, or wait for the server first
@@ -108,17 +114,28 @@ pub struct Args {
     pub command: Vec<OsString>,
 }
 
-impl Args {
-    /// An empty variable is one that is not set: manifests often have no other way to say so.
-    fn forget_empty(&mut self) {
-        for text in [&mut self.url, &mut self.build, &mut self.step, &mut self.token, &mut self.pin] {
-            text.take_if(|text| text.is_empty());
-        }
-        for path in [&mut self.token_file, &mut self.ca, &mut self.client_cert, &mut self.client_key] {
-            path.take_if(|path| path.as_os_str().is_empty());
-        }
-    }
+/// Reads a command line and the variables. An empty variable is one that is not set: manifests often have no other way
+/// to say so.
+///
+/// # Errors
+///
+/// When it is not one, or asks for help: see [`explain`].
+pub fn parse(line: impl IntoIterator<Item = OsString>) -> Result<Args, clap::Error> {
+    let is_empty = |name: &OsStr| std::env::var_os(name).is_some_and(|value| value.is_empty());
+    let mut command = Args::command()
+        .mut_args(|arg| if arg.get_env().is_some_and(is_empty) { arg.env(Resettable::Reset) } else { arg });
+    let matches = command.try_get_matches_from_mut(line)?;
+    Args::from_arg_matches(&matches).map_err(|usage| usage.format(&mut command))
 }
+
+/// A time that can be added to the clock.
+fn duration(text: &str) -> Result<Duration, String> {
+    let duration = humantime::parse_duration(text).map_err(|error| error.to_string())?;
+    if duration > MAX_DURATION { Err("more than 10 years".into()) } else { Ok(duration) }
+}
+
+/// Longest duration that an option takes: ten years.
+const MAX_DURATION: Duration = Duration::from_secs(10 * 366 * 24 * 60 * 60);
 
 /// A choice between two.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -353,8 +370,7 @@ impl Config {
     /// # Errors
     ///
     /// With the first thing that is wrong, and what to do about it.
-    pub fn try_from_args(mut args: Args, proxy: &ProxySettings) -> Result<Self, ConfigError> {
-        args.forget_empty();
+    pub fn try_from_args(args: Args, proxy: &ProxySettings) -> Result<Self, ConfigError> {
         let spool_memory = args.spool_memory.as_u64();
         if spool_memory < MIN_SPOOL {
             return Err(ConfigError::SmallSpool(args.spool_memory));
@@ -527,10 +543,10 @@ mod tests {
     }
 
     #[test]
-    fn an_empty_variable_is_not_set() {
-        let empty = ["agent", "--url", "", "--build", "", "--token", "", "--ca", "", "--", "x"];
-        let config = Config::try_from_args(Args::try_parse_from(empty).unwrap(), &ProxySettings::default()).unwrap();
-        assert!(config.home.is_none());
+    fn a_duration_has_an_end() {
+        assert_eq!(duration("10years"), Ok(humantime::parse_duration("10years").unwrap()));
+        assert_eq!(duration("400000000000years"), Err("more than 10 years".into()));
+        assert_eq!(duration("11years"), Err("more than 10 years".into()));
     }
 
     #[test]

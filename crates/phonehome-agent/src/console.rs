@@ -4,15 +4,20 @@ use std::{
     io::{self, Write},
     os::fd::BorrowedFd,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
 use bytes::Bytes;
 use phonehome_proto::frame::Stream;
 use rustix::{
-    event::{PollFd, PollFlags},
+    event::{PollFd, PollFlags, Timespec, poll},
     io::Errno,
 };
-use tokio::sync::mpsc;
+use tokio::{
+    sync::{mpsc, watch},
+    time::timeout,
+};
+use tracing::warn;
 
 /// Both standard streams. A line of the agent's own waits until the command has finished the line it is writing.
 #[derive(Debug, Clone, Default)]
@@ -22,17 +27,26 @@ pub struct Console(Arc<Mutex<State>>);
 struct State {
     /// Whether the command is within a line on standard output, standard error.
     within_line: [bool; 2],
-    /// Own lines that wait for its end.
+    /// Whether a block of the command's is being written there, which may take for ever.
+    copying: [bool; 2],
+    /// Own lines that wait for the end of the command's, or for somebody to read standard error.
     waiting: Vec<u8>,
     /// Set once a stream failed: nobody reads it any more.
     broken: [bool; 2],
 }
 
-/// Own lines kept back at most, bytes; beyond it they are written where they are.
+/// Own lines kept back at most, bytes. Beyond it they no longer wait for the end of the command's line; what standard
+/// error then does not take is dropped.
 const MAX_WAITING: usize = 16 * 1024;
+
+/// Own lines written at once, bytes: a pipe that is writable takes that many without blocking (pipe(7), `PIPE_BUF`).
+const MAX_WRITE: usize = 4096;
 
 /// Blocks on their way to the console's thread.
 const QUEUE: usize = 16;
+
+/// How long a copy may go without a block written before it is given up, once the command has ended.
+pub(crate) const STALLED: Duration = Duration::from_secs(30);
 
 impl Console {
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -48,10 +62,12 @@ impl Console {
                 return;
             }
             state.within_line[at] = true; // own lines stay out while the block is being written, however long it takes
+            state.copying[at] = true;
         }
         let written =
             if at == 0 { write_all(rustix::stdio::stdout(), block) } else { write_all(rustix::stdio::stderr(), block) };
         let mut state = self.lock();
+        state.copying[at] = false;
         state.broken[at] = written.is_err(); // a closed console never harms the build; the log goes on to the server
         if let Some(last) = block.last() {
             state.within_line[at] = *last != b'\n';
@@ -59,20 +75,19 @@ impl Console {
         state.flush_waiting();
     }
 
-    /// A writer for lines of the agent's own.
+    /// A writer for lines of the agent's own. It never blocks.
     #[must_use]
     pub fn own_lines(&self) -> OwnLines {
         OwnLines(self.clone())
     }
 
-    /// Writes the lines that still wait, below whatever the command left unfinished.
+    /// Writes the lines that still wait, below whatever the command left unfinished, as far as that is possible at once.
     pub fn finish(&self) {
         let mut state = self.lock();
-        if state.waiting.is_empty() {
-            return;
+        if !state.waiting.is_empty() && state.within_line != [false; 2] {
+            state.waiting.insert(0, b'\n');
+            state.within_line = [false; 2];
         }
-        state.waiting.insert(0, b'\n');
-        state.within_line = [false; 2];
         state.flush_waiting();
     }
 
@@ -84,14 +99,14 @@ impl Console {
     pub fn spawn_copier(&self) -> io::Result<Copier> {
         let (blocks, mut queue) = mpsc::channel::<(Stream, Bytes)>(QUEUE);
         let console = self.clone();
-        let (done, finished) = tokio::sync::oneshot::channel();
+        let (written, progress) = watch::channel(());
         std::thread::Builder::new().name("console".into()).spawn(move || {
             while let Some((stream, block)) = queue.blocking_recv() {
                 console.copy(stream, &block);
+                written.send_replace(());
             }
-            drop(done);
         })?;
-        Ok(Copier { blocks, finished })
+        Ok(Copier { blocks, progress })
     }
 }
 
@@ -102,7 +117,7 @@ fn write_all(stream: BorrowedFd<'_>, mut block: &[u8]) -> io::Result<()> {
             Ok(count) => block = &block[count..],
             Err(Errno::INTR) => {}
             Err(Errno::AGAIN) => {
-                rustix::event::poll(&mut [PollFd::from_borrowed_fd(stream, PollFlags::OUT)], None)?;
+                poll(&mut [PollFd::from_borrowed_fd(stream, PollFlags::OUT)], None)?;
             }
             Err(errno) => return Err(errno.into()),
         }
@@ -111,20 +126,45 @@ fn write_all(stream: BorrowedFd<'_>, mut block: &[u8]) -> io::Result<()> {
 }
 
 impl State {
+    /// Writes own lines as far as nobody has to be waited for: this is called where everything else would wait too.
     fn flush_waiting(&mut self) {
-        if self.within_line != [false; 2] || self.waiting.is_empty() {
-            return;
+        while self.may_flush() && is_writable(rustix::stdio::stderr()) {
+            let lines = whole_lines(&self.waiting);
+            match rustix::io::write(rustix::stdio::stderr(), lines) {
+                Ok(count) => drop(self.waiting.drain(..count)),
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => return,
+                Err(_) => self.broken[1] = true,
+            }
         }
-        self.broken[1] |= write_all(rustix::stdio::stderr(), &self.waiting).is_err();
-        self.waiting.clear();
+        if self.broken[1] {
+            self.waiting.clear();
+        }
     }
+
+    fn may_flush(&self) -> bool {
+        !self.waiting.is_empty() && self.within_line == [false; 2] && !self.copying[1] && !self.broken[1]
+    }
+}
+
+/// The lines at the start of `text` that [`MAX_WRITE`] has room for, or a part of a longer one.
+fn whole_lines(text: &[u8]) -> &[u8] {
+    let most = &text[..text.len().min(MAX_WRITE)];
+    most.iter().rposition(|byte| *byte == b'\n').map_or(most, |end| &most[..=end])
+}
+
+/// Whether something can be written now, if only to learn that it fails.
+fn is_writable(stream: BorrowedFd<'_>) -> bool {
+    poll(&mut [PollFd::from_borrowed_fd(stream, PollFlags::OUT)], Some(&Timespec::default()))
+        .is_ok_and(|ready| ready > 0)
 }
 
 /// Hands blocks to the thread that writes them.
 #[derive(Debug)]
 pub struct Copier {
     blocks: mpsc::Sender<(Stream, Bytes)>,
-    finished: tokio::sync::oneshot::Receiver<()>,
+    /// Changes with each block written; its sender is gone when the last one is.
+    progress: watch::Receiver<()>,
 }
 
 impl Copier {
@@ -133,10 +173,16 @@ impl Copier {
         drop(self.blocks.send((stream, block)).await); // the thread ends only after this sender is gone
     }
 
-    /// Waits until everything is written.
-    pub async fn finish(self) {
+    /// Waits until everything is written, or until nothing has been for too long.
+    pub async fn finish(mut self) {
         drop(self.blocks);
-        drop(self.finished.await); // it is never sent, only dropped
+        loop {
+            match timeout(STALLED, self.progress.changed()).await {
+                Ok(Ok(())) => {}
+                Ok(Err(_)) => return,
+                Err(_) => return warn!("nobody reads the copy of the command's output; it is cut off"),
+            }
+        }
     }
 }
 
@@ -147,9 +193,13 @@ pub struct OwnLines(Console);
 impl Write for OwnLines {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
         let mut state = self.0.lock();
-        state.waiting.extend_from_slice(line);
-        if state.waiting.len() > MAX_WAITING {
-            state.within_line = [false; 2];
+        let fits = |state: &State| state.waiting.len() + line.len() <= MAX_WAITING;
+        if !fits(&state) {
+            state.within_line = state.copying;
+            state.flush_waiting();
+        }
+        if fits(&state) {
+            state.waiting.extend_from_slice(line);
         }
         state.flush_waiting();
         Ok(line.len())

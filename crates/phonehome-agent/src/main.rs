@@ -2,18 +2,17 @@
 
 use std::process::ExitCode;
 
-use clap::Parser;
 use phonehome_agent::{
-    config::{Args, Config, ProxySettings},
+    config::{self, Config, ProxySettings},
     console::Console,
     failure::Failure,
 };
 use tracing::error;
 
 fn main() -> ExitCode {
-    let args = match Args::try_parse() {
+    let args = match config::parse(std::env::args_os()) {
         Ok(args) => args,
-        Err(usage) => return phonehome_agent::config::explain(&usage),
+        Err(usage) => return config::explain(&usage),
     };
     let console = Console::default();
     phonehome_agent::log::init(args.log_format, args.log_level, console.clone());

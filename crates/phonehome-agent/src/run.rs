@@ -8,17 +8,17 @@ use phonehome_proto::{
 };
 use rustix::process::Signal;
 use tokio::{
-    sync::{mpsc, oneshot, watch},
+    sync::{mpsc, watch},
     task::JoinHandle,
-    time::{Instant, sleep_until, timeout},
+    time::{Instant, sleep_until},
 };
 use tracing::{debug, error, info, warn};
 
 use crate::{
-    capture::{Capture, Captured},
+    capture::{Capture, Captured, Waivers},
     command::{self, Caught, Command, Output, Pipes, Signals},
     config::{Config, Home, Start},
-    console::Console,
+    console::{Console, Copier},
     failure::{EXIT_TERMINATED, Failure},
     outbox::Outbox,
     uplink::{Delivery, Dialler, Identity, Uplink},
@@ -27,13 +27,16 @@ use crate::{
 /// Between TERM and KILL for the command's process group, unless a cancel says otherwise.
 const GRACE: Duration = Duration::from_secs(30);
 
+/// The longest grace period that a cancel may ask for.
+const MAX_GRACE: Duration = Duration::from_secs(24 * 60 * 60);
+
 /// How long descendants may keep the output open after the command's end before they are told to end.
 const LEFTOVER_PATIENCE: Duration = Duration::from_secs(5);
 
 /// How long output is still awaited once everybody was killed.
 const AFTER_KILL: Duration = Duration::from_secs(1);
 
-/// What remains of the linger once TERM says that time is up.
+/// What remains of the stay once TERM says that time is up.
 const HURRY: Duration = Duration::from_secs(1);
 
 /// Runs the command, delivers its log and returns the exit code.
@@ -70,13 +73,16 @@ async fn unobserved(config: &Config, signals: Signals) -> u8 {
 async fn observed(config: Config, home: Home, mut signals: Signals, console: &Console) -> Result<u8, Failure> {
     let (output, pipes) = command::pipes(config.merge)?;
     let mut line = Line::open(home, config.spool_memory)?;
-    let mut stay = Linger::new(config.linger);
-    if config.start == Start::Connected
-        && let Some(code) = line.wait_for_welcome(&mut signals).await?
-    {
-        return Ok(code);
-    }
-    let (end, captured) = match Command::spawn(&config.command, output) {
+    let admission = match config.start {
+        Start::Now => Admission::Granted,
+        Start::Connected => line.wait_for_welcome(&mut signals).await?,
+    };
+    let command = match admission {
+        Admission::Granted => Command::spawn(&config.command, output),
+        Admission::Cancelled(end) => Err(end),
+        Admission::Terminated => return Ok(EXIT_TERMINATED),
+    };
+    let (end, captured, mut stay) = match command {
         Ok(command) => {
             line.command.send_replace(CommandState::Running);
             let capture = line.capture(pipes, config.tee.then(|| console.spawn_copier()).transpose()?);
@@ -85,24 +91,26 @@ async fn observed(config: Config, home: Home, mut signals: Signals, console: &Co
             let end = supervisor.ended().await;
             info!(code = end.code(), "the command ended");
             line.command.send_replace(CommandState::Ended);
-            let captured = supervisor.captured(capture).await?;
-            stay.hurried = supervisor.hurried;
-            stay.signals = Some(supervisor.signals);
-            (end, captured)
+            let deadline = Instant::now() + config.linger;
+            let captured = supervisor.captured(capture, deadline).await?;
+            (end, captured, Linger { deadline, hurry: supervisor.hurry, signals: supervisor.signals })
         }
         Err(end) => {
             tell_not_started(&end);
-            stay.signals = Some(signals);
-            (end, Captured::default())
+            (end, Captured::default(), Linger { deadline: Instant::now() + config.linger, hurry: None, signals })
         }
     };
     let code = end.code();
-    line.outbox.finish(captured.finished(end));
-    stay.begin();
-    stay.until(line.delivered()).await;
+    if captured.cut {
+        warn!("the command's last output was cut off: there was no room for it within --linger");
+    } else {
+        line.outbox.finish(captured.finished(end));
+        stay.leave(config.linger.min(HURRY));
+    }
+    stay.until(Some(stay.deadline), line.delivered()).await;
     line.tell_undelivered();
     if let Some(copier) = captured.copier {
-        stay.until(copier.finish()).await;
+        stay.until(None, copier.finish()).await;
     }
     Ok(code)
 }
@@ -113,6 +121,15 @@ fn tell_not_started(end: &End) -> u8 {
         error!("{reason}");
     }
     end.code()
+}
+
+/// Whether the command may start.
+enum Admission {
+    Granted,
+    /// The server has cancelled it, and shall be told that it never ran.
+    Cancelled(End),
+    /// A signal came first.
+    Terminated,
 }
 
 /// The connection home, seen from the command's side.
@@ -147,40 +164,40 @@ impl Line {
         Ok(Self { outbox, uplink, welcomed, command, cancels: Some(cancels), last_output })
     }
 
-    /// `--start connected`. Returns the exit code when the command must not be started any more.
-    async fn wait_for_welcome(&mut self, signals: &mut Signals) -> Result<Option<u8>, Failure> {
+    /// `--start connected`.
+    async fn wait_for_welcome(&mut self, signals: &mut Signals) -> Result<Admission, Failure> {
         let mut welcomed = self.welcomed.clone();
         loop {
             tokio::select! {
                 _ = welcomed.wait_for(|welcomed| *welcomed) => return self.welcomed_or_refused().await,
                 caught = signals.next() => if let Caught::Other(Signal::TERM | Signal::INT) = caught {
                     info!("told to end before the command was started");
-                    return Ok(Some(EXIT_TERMINATED));
+                    return Ok(Admission::Terminated);
                 },
             }
         }
     }
 
-    async fn welcomed_or_refused(&mut self) -> Result<Option<u8>, Failure> {
+    async fn welcomed_or_refused(&mut self) -> Result<Admission, Failure> {
         if *self.welcomed.borrow() {
-            return Ok(None);
+            return Ok(self.cancelled().map_or(Admission::Granted, Admission::Cancelled));
         }
         match (&mut self.uplink).await {
             Ok(Delivery::Refused(reason)) => Err(Failure::Refused(reason)),
-            Ok(Delivery::Complete | Delivery::Incomplete(_)) | Err(_) => Ok(None),
+            Ok(Delivery::Complete | Delivery::Incomplete(_)) | Err(_) => Ok(Admission::Granted),
         }
     }
 
-    fn capture(&self, pipes: Pipes, copier: Option<crate::console::Copier>) -> Capturing {
-        let (stop, stopped) = oneshot::channel();
-        let capture = Capture {
-            stdout: Some(pipes.stdout),
-            stderr: pipes.stderr,
-            outbox: self.outbox.clone(),
-            copier,
-            last_output: self.last_output.clone(),
-        };
-        Capturing { task: tokio::spawn(capture.run(stopped)), stop: Some(stop) }
+    /// The end of a command that was cancelled before its start. A cancel in the welcome is here before the welcome is.
+    fn cancelled(&mut self) -> Option<End> {
+        self.cancels.as_mut()?.try_recv().ok()?;
+        Some(End::NotStarted { code: EXIT_TERMINATED, reason: "cancelled before it was started".into() })
+    }
+
+    fn capture(&self, pipes: Pipes, copier: Option<Copier>) -> Capturing {
+        let (waivers, waivers_rx) = watch::channel(Waivers::default());
+        let capture = Capture::new(pipes, self.outbox.clone(), copier, self.last_output.clone(), waivers_rx);
+        Capturing { task: tokio::spawn(capture.run()), waivers }
     }
 
     /// Says what is left when there is no time left.
@@ -211,7 +228,7 @@ impl Drop for Line {
 /// A capture that runs, and the way to end it early.
 struct Capturing {
     task: JoinHandle<Captured>,
-    stop: Option<oneshot::Sender<()>>,
+    waivers: watch::Sender<Waivers>,
 }
 
 /// Watches over the command: signals pass through, TERM and cancels are followed by KILL after a grace period.
@@ -221,8 +238,8 @@ struct Supervisor {
     cancels: Option<mpsc::Receiver<Cancel>>,
     plan: Plan,
     give_up: bool,
-    /// Whether TERM or INT came when the command had already ended: they are meant for what is left of the agent's stay.
-    hurried: bool,
+    /// When to be gone, after TERM or INT when the command had ended: they are meant for what is left of the agent's stay.
+    hurry: Option<Instant>,
 }
 
 /// What happens next to the process group, and when.
@@ -245,7 +262,7 @@ impl Plan {
 
 impl Supervisor {
     fn new(command: Command, signals: Signals, cancels: mpsc::Receiver<Cancel>) -> Self {
-        Self { command, signals, cancels: Some(cancels), plan: Plan::Nothing, give_up: false, hurried: false }
+        Self { command, signals, cancels: Some(cancels), plan: Plan::Nothing, give_up: false, hurry: None }
     }
 
     /// Waits for the command itself to end.
@@ -258,21 +275,28 @@ impl Supervisor {
         }
     }
 
-    /// Waits for the end of the output: both pipes at their ends, or everybody gone who should have closed them.
-    async fn captured(&mut self, mut capture: Capturing) -> Result<Captured, Failure> {
+    /// Waits for the end of the output: both pipes at their ends, or everybody gone who should have closed them. After
+    /// `deadline` the capture waits for the server no longer, and in a hurry not for the reader of the copy either.
+    async fn captured(&mut self, mut capture: Capturing, deadline: Instant) -> Result<Captured, Failure> {
         if let Plan::Nothing = self.plan {
             self.plan = Plan::Terminate(Instant::now() + LEFTOVER_PATIENCE);
         }
         loop {
+            let now = Instant::now();
+            let hurried = self.hurry.is_some_and(|at| at <= now);
+            let late = hurried || deadline <= now;
+            capture.waivers.send_replace(Waivers {
+                stalled_copy: true,
+                copy: hurried,
+                writers: self.give_up,
+                room: late,
+            });
+            let hurry = self.hurry.filter(|_| !hurried);
+            let next = if late { hurry } else { soonest(Some(deadline), hurry) };
             tokio::select! {
                 captured = &mut capture.task => return Ok(captured.map_err(io::Error::from)?),
                 () = self.step() => {}
-            }
-            if self.give_up
-                && let Some(stop) = capture.stop.take()
-            {
-                warn!("output is still held open by a process outside the command's group; it is read no further");
-                stop.send(()).unwrap_or(()); // the capture may have ended by itself
+                () = expiry(next) => {}
             }
         }
     }
@@ -283,7 +307,7 @@ impl Supervisor {
             biased;
             caught = self.signals.next() => self.handle_signal(caught),
             cancel = recv(&mut self.cancels) => match cancel {
-                Some(cancel) => self.terminate(Duration::from_millis(cancel.grace)),
+                Some(cancel) => self.terminate(Duration::from_millis(cancel.grace).min(MAX_GRACE)),
                 None => self.cancels = None,
             },
             () = expiry(self.plan.at()) => self.handle_plan(),
@@ -296,7 +320,9 @@ impl Supervisor {
             Caught::Other(signal) => {
                 if let Signal::TERM | Signal::INT = signal {
                     self.command.reap(); // its end may not have been noticed yet
-                    self.hurried |= self.command.end().is_some();
+                    if self.command.end().is_some() {
+                        self.hurry.get_or_insert(Instant::now() + HURRY);
+                    }
                 }
                 if signal == Signal::TERM { self.terminate(GRACE) } else { self.command.signal(signal) }
             }
@@ -350,40 +376,37 @@ async fn expiry(at: Option<Instant>) {
     }
 }
 
-/// The time after the command's end that is left for delivery; TERM cuts it short.
+fn soonest(a: Option<Instant>, b: Option<Instant>) -> Option<Instant> {
+    a.into_iter().chain(b).min()
+}
+
+/// What is left of the agent's stay after the command's end; TERM cuts it short.
 struct Linger {
-    limit: Duration,
+    /// When delivery must be over.
     deadline: Instant,
-    signals: Option<Signals>,
-    /// Whether somebody wanted it short before it began.
-    hurried: bool,
+    /// When everything must be over.
+    hurry: Option<Instant>,
+    signals: Signals,
 }
 
 impl Linger {
-    fn new(limit: Duration) -> Self {
-        Self { limit, deadline: Instant::now(), signals: None, hurried: false }
+    /// Leaves at least this much, however long the output has taken.
+    fn leave(&mut self, least: Duration) {
+        let least = Instant::now() + least;
+        self.deadline = self.deadline.max(least);
+        self.hurry = self.hurry.map(|hurry| hurry.max(least));
     }
 
-    fn begin(&mut self) {
-        let limit = if self.hurried { self.limit.min(HURRY) } else { self.limit };
-        self.deadline = Instant::now() + limit;
-    }
-
-    /// Waits for `work`, but no longer than what is left.
-    async fn until(&mut self, work: impl Future<Output = ()>) {
+    /// Waits for `work`, but no longer than until `deadline`.
+    async fn until(&mut self, deadline: Option<Instant>, work: impl Future<Output = ()>) {
         let mut work = std::pin::pin!(work);
         loop {
-            let signal = async {
-                match &mut self.signals {
-                    Some(signals) => signals.next().await,
-                    None => std::future::pending().await,
-                }
-            };
             tokio::select! {
                 biased;
-                _ = timeout(self.deadline.saturating_duration_since(Instant::now()), &mut work) => return,
-                caught = signal => if let Caught::Other(Signal::TERM | Signal::INT) = caught {
-                    self.deadline = self.deadline.min(Instant::now() + HURRY);
+                () = &mut work => return,
+                () = expiry(soonest(deadline, self.hurry)) => return,
+                caught = self.signals.next() => if let Caught::Other(Signal::TERM | Signal::INT) = caught {
+                    self.hurry.get_or_insert(Instant::now() + HURRY);
                 },
             }
         }

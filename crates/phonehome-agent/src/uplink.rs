@@ -76,8 +76,8 @@ impl Hangup {
     fn is_fatal(&self) -> bool {
         match self {
             Self::Closed(code, _, was_welcomed) => !close::may_return(*code, *was_welcomed),
-            Self::Violation(_) => true,
-            Self::Dead | Self::Draining | Self::Socket(_) => false,
+            Self::Socket(SocketError::Encode(_)) | Self::Violation(_) => true, // the next connection would be no better
+            Self::Dead | Self::Draining | Self::Socket(SocketError::Decode(_) | SocketError::Transport(_)) => false,
         }
     }
 }
@@ -232,4 +232,16 @@ impl Uplink {
 fn random() -> f64 {
     let bits = getrandom::u32().unwrap_or(u32::MAX / 2);
     f64::from(bits) / f64::from(u32::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use phonehome_proto::codec::EncodeError;
+
+    use super::*;
+
+    #[test]
+    fn a_frame_that_cannot_be_written_is_not_tried_again() {
+        assert!(Hangup::from(SocketError::Encode(EncodeError::TooLarge(1))).is_fatal());
+    }
 }

@@ -2,8 +2,26 @@
 
 use std::{
     io::{BufRead, BufReader, Read},
-    os::unix::process::ExitStatusExt,
+    net::TcpListener,
+    os::{fd::OwnedFd, unix::process::ExitStatusExt},
     process::{Child, Command, Output, Stdio},
+    time::Duration,
+};
+
+use http::HeaderValue;
+use phonehome_proto::{
+    codec::{Codec, Message},
+    frame::{AgentFrame, Cancel, Durable, End, FinishedAck, ServerFrame, Welcome},
+    limits,
+};
+use rustix::{
+    fs::{OFlags, fcntl_setfl},
+    pipe::{PipeFlags, pipe_with},
+};
+use tokio::time::Instant;
+use tokio_tungstenite::tungstenite::{
+    self,
+    handshake::server::{ErrorResponse, Request, Response},
 };
 
 #[test]
@@ -91,7 +109,7 @@ fn signals_are_passed_on_to_the_whole_group() {
 
 #[test]
 fn term_before_the_start_means_never_started() {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("ws://{}", listener.local_addr().unwrap());
     let options = ["--url", &url, "--build", "b", "--start", "connected", "--", "echo", "started"];
     let mut agent = start(&mut agent(&options));
@@ -141,6 +159,115 @@ fn as_pid_1_it_reaps_orphans_and_keeps_the_commands_status() {
     }
 }
 
+#[test]
+fn a_full_spool_keeps_it_no_longer_than_the_linger() {
+    let start = Instant::now();
+    let output = limited(&["--linger", "2s", "--tee", "off", "--", "sh", "-c", "head -c 8500000 /dev/zero; exit 7"]);
+    assert_eq!(output.status.code(), Some(7), "{}", stderr(&output));
+    assert!(start.elapsed() >= Duration::from_secs(2));
+    assert!(stderr(&output).contains("cut off"), "{}", stderr(&output));
+}
+
+#[test]
+fn term_ends_the_wait_for_a_full_spool_and_the_copy_is_whole() {
+    let script = "trap '' TERM; echo ready; head -c 8500000 /dev/zero; exit 7";
+    let mut agent = start(agent(UNREACHABLE).args(["--linger", "1h", "--", "sh", "-c", script]));
+    let mut output = BufReader::new(agent.0.stdout.take().unwrap());
+    output.read_line(&mut String::new()).unwrap();
+    let reader = std::thread::spawn(move || std::io::copy(&mut output, &mut std::io::sink()).unwrap());
+    assert_eq!(terminate(&mut agent), Some(7));
+    assert_eq!(reader.join().unwrap(), 8_500_000);
+}
+
+#[test]
+fn term_ends_the_wait_for_a_stalled_reader_of_the_copy() {
+    let script = "trap '' TERM; echo ready; head -c 1500000 /dev/zero; exit 7";
+    let mut agent = start(agent(UNREACHABLE).args(["--linger", "1h", "--", "sh", "-c", script]));
+    let mut output = BufReader::new(agent.0.stdout.take().unwrap());
+    output.read_line(&mut String::new()).unwrap();
+    assert_eq!(terminate(&mut agent), Some(7));
+}
+
+#[test]
+fn a_slow_reader_gets_the_whole_copy_also_after_the_linger() {
+    let script = r#""$0" --url ws://127.0.0.1:9 --build b --linger 0s -- head -c 700000 /dev/zero | (sleep 2; wc -c)"#;
+    let output = Command::new("timeout").args(["-s", "KILL", "30", "sh", "-c", script, AGENT]).output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), "700000", "{}", stderr(&output));
+}
+
+#[test]
+fn a_standard_error_that_nobody_reads_holds_nothing_up() {
+    let (_reader, writer) = full_pipe();
+    let script = "sleep 1; exit 3";
+    let status = Command::new("timeout")
+        .args(["-s", "KILL", "20", AGENT])
+        .args(UNREACHABLE)
+        .args(["--tee", "off", "--linger", "1s", "--log-level", "debug", "--", "sh", "-c", script])
+        .stderr(writer)
+        .status();
+    assert_eq!(status.unwrap().code(), Some(3));
+}
+
+#[test]
+fn the_command_may_read_the_terminal() {
+    let script = "import os, pty, signal, sys\n\
+                  signal.alarm(20)\n\
+                  pid, terminal = pty.fork()\n\
+                  if pid == 0: os.execv(sys.argv[1], sys.argv[1:])\n\
+                  os.write(terminal, b'something\\n')\n\
+                  sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))";
+    let read = r#"read x; [ "$x" = something ] && exit 9"#;
+    match Command::new("python3").args(["-c", script, AGENT, "--", "sh", "-c", read]).output() {
+        Ok(output) => assert_eq!(output.status.code(), Some(9), "{}", stderr(&output)),
+        Err(_) => skipped("there is no python3"),
+    }
+}
+
+#[test]
+fn a_very_long_name_is_told_in_short() {
+    let output = run(&["x".repeat(70_000).as_str()]);
+    assert_eq!(output.status.code(), Some(126));
+    let text = stderr(&output);
+    assert!(text.contains("cannot run xxx") && text.contains("too long") && text.len() < 2000, "{text}");
+}
+
+#[test]
+fn an_empty_variable_is_not_set() {
+    let help = agent(&["--help"]).output().unwrap().stdout;
+    let help = String::from_utf8(help).unwrap();
+    let names: Vec<_> = help
+        .split(|letter: char| !letter.is_ascii_uppercase() && letter != '_')
+        .filter(|word| word.starts_with("PHONEHOME_"))
+        .collect();
+    assert!(names.len() > 10, "{help}");
+    let output = agent(&["--", "sh", "-c", "exit 3"]).envs(names.iter().map(|name| (name, ""))).output().unwrap();
+    assert_eq!(output.status.code(), Some(3), "{}", stderr(&output));
+    let options = names.iter().filter(|name| !matches!(**name, "PHONEHOME_URL" | "PHONEHOME_BUILD"));
+    let output = agent(UNREACHABLE)
+        .args(["--linger", "0s", "--", "sh", "-c", "exit 4"])
+        .envs(options.map(|name| (name, "")))
+        .output();
+    assert_eq!(output.unwrap().status.code(), Some(4));
+}
+
+#[test]
+fn an_endless_duration_is_refused() {
+    let output = agent(&["--linger", "400000000000years", "--", "true"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(125));
+    assert!(stderr(&output).contains("more than 10 years"), "{}", stderr(&output));
+}
+
+#[test]
+fn a_cancel_before_the_start_means_never_started_and_the_server_is_told() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("ws://{}", listener.local_addr().unwrap());
+    let server = std::thread::spawn(move || serve_a_cancel(&listener));
+    let options = ["--url", &url, "--build", "b", "--start", "connected", "--", "echo", "started"];
+    let output = agent(&options).output().unwrap();
+    assert_eq!((output.status.code(), &*output.stdout), (Some(143), &b""[..]), "{}", stderr(&output));
+    assert!(matches!(server.join().unwrap(), End::NotStarted { code: 143, .. }));
+}
+
 const AGENT: &str = env!("CARGO_BIN_EXE_phonehome-agent");
 
 /// A server that is not there: port 9 of loopback refuses.
@@ -181,6 +308,77 @@ fn signal(agent: &Running, name: &str) {
 
 fn stderr(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// The agent with a server that is not there, for at most 20 s.
+fn limited(arguments: &[&str]) -> Output {
+    let mut command = Command::new("timeout");
+    command.args(["-s", "KILL", "20", AGENT]).args(UNREACHABLE).args(arguments);
+    command.stdin(Stdio::null()).output().expect("the agent can be run")
+}
+
+/// Sends TERM until the agent has ended: it may not have noticed the command's end at the first.
+fn terminate(agent: &mut Running) -> Option<i32> {
+    let start = Instant::now();
+    loop {
+        if let Some(status) = agent.0.try_wait().expect("it is a child") {
+            return status.code();
+        }
+        assert!(start.elapsed() < Duration::from_secs(20), "it does not end");
+        signal(agent, "TERM");
+    }
+}
+
+/// A pipe that takes nothing more.
+fn full_pipe() -> (OwnedFd, OwnedFd) {
+    let (reader, writer) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).expect("a pipe can be made");
+    while rustix::io::write(&writer, &[b'x'; 4096]).is_ok() {}
+    fcntl_setfl(&writer, OFlags::empty()).expect("a pipe can be blocking");
+    (reader, writer)
+}
+
+/// Welcomes one agent with a cancel and takes its FINISHED.
+fn serve_a_cancel(listener: &TcpListener) -> End {
+    let (connection, _) = listener.accept().expect("an agent calls");
+    connection.set_read_timeout(Some(Duration::from_secs(20))).expect("a socket can have a limit");
+    let mut socket = tungstenite::accept_hdr(connection, speak_binary).expect("it speaks websocket");
+    assert!(matches!(hear(&socket.read().expect("it speaks")), AgentFrame::Hello(_)));
+    let welcome = ServerFrame::Welcome(Welcome {
+        attempt: 1,
+        next: 0,
+        durable: Durable::Memory,
+        window: limits::WINDOW,
+        heartbeat: limits::HEARTBEAT.as_millis() as u64,
+        max_payload: limits::MAX_PAYLOAD as u32,
+        max_message: limits::MAX_MESSAGE as u32,
+        cancel: Some(Cancel { reason: "superseded".into(), grace: u64::MAX }),
+        server: String::new(),
+        capabilities: Vec::new(),
+    });
+    socket.send(say(&welcome)).expect("it listens");
+    let AgentFrame::Finished(finished) = hear(&socket.read().expect("it speaks")) else {
+        panic!("the first frame is the end")
+    };
+    socket.send(say(&ServerFrame::FinishedAck(FinishedAck::Complete))).expect("it listens");
+    while socket.read().is_ok() {}
+    finished.end
+}
+
+#[expect(clippy::result_large_err, reason = "the library's signature")]
+fn speak_binary(_: &Request, mut response: Response) -> Result<Response, ErrorResponse> {
+    response.headers_mut().insert("sec-websocket-protocol", HeaderValue::from_static(Codec::Binary.subprotocol()));
+    Ok(response)
+}
+
+fn hear(message: &tungstenite::Message) -> AgentFrame {
+    Codec::Binary.decode_agent(&Message::Binary(message.clone().into_data())).expect("it is a frame")
+}
+
+fn say(frame: &ServerFrame) -> tungstenite::Message {
+    match Codec::Binary.encode_server(frame).expect("it is within limits") {
+        Message::Binary(wire) => tungstenite::Message::Binary(wire),
+        Message::Text(text) => panic!("not binary: {text}"),
+    }
 }
 
 #[expect(clippy::print_stderr, reason = "a test that did not run says so")]
