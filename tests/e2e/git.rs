@@ -7,9 +7,8 @@ use std::path::Path;
 
 use rustix::{
     fs::{FlockOperation, flock},
-    process::Signal,
+    process::{Signal, kill_process},
 };
-use serde_json::Value;
 
 use self::{
     repository::{Repository, remote_lines},
@@ -68,14 +67,26 @@ async fn the_launcher_hands_over_what_is_pushed() {
 #[tokio::test]
 async fn a_pusher_who_is_killed_stops_the_build_and_frees_the_lock() {
     let repository = Repository::new();
-    kill_a_push(&repository, |repository| repository.push()).await;
+    let reason = kill_a_push(&repository, |repository| repository.push(), &[]).await;
+    assert_eq!(reason, "the pusher is gone");
 }
 
+/// As a Ctrl-C or a closed laptop has it: git and its ssh end together.
 #[tokio::test]
 async fn a_pusher_over_ssh_who_is_killed_stops_the_build_and_frees_the_lock() {
     let repository = Repository::new();
     let Some(sshd) = Sshd::start(repository.scene()).await else { return };
-    kill_a_push(&repository, |repository| repository.push_over(&sshd)).await;
+    let reason = kill_a_push(&repository, |repository| repository.push_over(&sshd), &[sshd::CLIENT]).await;
+    assert_eq!(reason, "the pusher is gone");
+}
+
+/// The ssh of a killed git may live on for a while, and with it the whole connection.
+#[tokio::test]
+async fn a_pusher_whose_ssh_survives_him_stops_the_build_too() {
+    let repository = Repository::new();
+    let Some(sshd) = Sshd::start(repository.scene()).await else { return };
+    let reason = kill_a_push(&repository, |repository| repository.push_over(&sshd), &[]).await;
+    assert!(["the pusher is gone", "nobody has read the output for 30 s"].contains(&&*reason), "{reason}");
 }
 
 #[tokio::test]
@@ -136,7 +147,8 @@ async fn a_pusher_who_stalls_is_gone_after_a_while_and_the_build_never_waits_for
     let data = repository.scene().path("data");
     assert!(!Stored::verdict_path(&data, "pushed").exists(), "the build is not stopped for a short pause");
     let verdict = Stored::verdict(&data, "pushed").await;
-    assert_cancelled(&verdict, "nobody has read the output for 30 s");
+    assert_eq!(verdict["verdict"], "cancelled");
+    assert_eq!(verdict["reason"], "nobody has read the output for 30 s");
     assert!(repository.scene().path("stopped").exists());
     Stored::read(&data, "pushed", "main", 1).assert_complete();
     eventually("the lock is free", || is_free(&repository.scene().path("lock"))).await;
@@ -252,27 +264,30 @@ async fn reject_a_push(repository: &Repository, push: impl Fn(&Repository) -> Pr
     assert_eq!(repository.tip("refs/heads/main"), Some(good), "the branch has not moved");
 }
 
-async fn kill_a_push(repository: &Repository, push: impl Fn(&Repository) -> Process) {
-    repository.install(KEPT, &format!("{STOPPABLE} while :; do sleep 0.1; done"));
+/// Kills git and all who have one of these words in their command lines. Returns why the build was cancelled.
+async fn kill_a_push(repository: &Repository, push: impl Fn(&Repository) -> Process, others: &[&str]) -> String {
+    let script = format!("{STOPPABLE} while :; do sleep 0.1; done");
+    repository.install(&format!("{KEPT} --keepalive 1s"), &script);
     repository.commit("one");
     let mut killed = push(repository);
     killed.stderr.shows("remote: going").await;
     let lock = repository.scene().path("lock");
     assert!(!is_free(&lock));
     killed.signal(Signal::KILL);
+    for pid in others.iter().flat_map(|text| repository.scene().processes(text)) {
+        kill_process(pid, Signal::KILL).unwrap_or(()); // git's end may have ended it
+    }
     assert_eq!(killed.ended().await, 137);
     repository.scene().appears("stopped").await;
     let data = repository.scene().path("data");
-    assert_cancelled(&Stored::verdict(&data, "pushed").await, "the pusher is gone");
+    let verdict = Stored::verdict(&data, "pushed").await;
+    assert_eq!(verdict["verdict"], "cancelled");
     Stored::read(&data, "pushed", "main", 1).assert_complete();
     eventually("the lock is free", || is_free(&lock)).await;
     assert_eq!(repository.tip("refs/heads/main"), None);
     repository.install("--lock \"$E2E_SCENE/lock\"", "echo again");
     assert_eq!(push(repository).ended().await, 0, "the next push is built");
-}
-
-fn assert_cancelled(verdict: &Value, reason: &str) {
-    assert_eq!((&verdict["verdict"], &verdict["reason"]), (&"cancelled".into(), &reason.into()));
+    verdict["reason"].as_str().unwrap().to_owned()
 }
 
 /// Whether nobody holds the lock.

@@ -6,7 +6,7 @@ pub mod json;
 use bytes::Bytes;
 
 use crate::{
-    frame::{AgentFrame, Hello, Record, ServerFrame},
+    frame::{AgentFrame, End, Hello, Record, ServerFrame},
     limits::{MAX_HEAD, MAX_MESSAGE, MAX_PAYLOAD, MAX_RECORDS},
 };
 
@@ -106,7 +106,11 @@ fn check(frame: &AgentFrame) -> Result<(), DecodeError> {
     match frame {
         AgentFrame::Hello(hello) => Hello::is_reasonable(hello).then_some(()).ok_or(DecodeError::BadHello),
         AgentFrame::Records(records) => records.iter().try_for_each(check_record),
-        AgentFrame::Finished(_) | AgentFrame::Pong(_) => Ok(()),
+        AgentFrame::Finished(finished) => match finished.end {
+            End::NotStarted { code: 0, .. } => Err(DecodeError::BadEnd),
+            End::Exited(_) | End::NotStarted { .. } | End::Signalled { .. } => Ok(()),
+        },
+        AgentFrame::Pong(_) => Ok(()),
     }
 }
 
@@ -120,6 +124,9 @@ pub enum DecodeError {
     /// A record's checksum does not agree with its contents.
     #[error("record {0} does not match its checksum")]
     BadChecksum(u64),
+    /// A command that never ran, and the code of success.
+    #[error("a command that was not started cannot have succeeded")]
+    BadEnd,
     /// The fixed part is not one.
     #[error("the head is not a frame of this version")]
     BadHead(#[source] bincode::Error),

@@ -360,7 +360,7 @@ fn finished() -> impl Strategy<Value = Finished> {
 fn end() -> impl Strategy<Value = End> {
     prop_oneof![
         any::<u8>().prop_map(End::Exited),
-        (any::<u8>(), ".{0,60}").prop_map(|(code, reason)| End::NotStarted { code, reason }),
+        (1..=u8::MAX, ".{0,60}").prop_map(|(code, reason)| End::NotStarted { code, reason }),
         any::<(u8, bool, bool)>().prop_map(|(signal, core, oom)| End::Signalled { signal, core, oom }),
     ]
 }

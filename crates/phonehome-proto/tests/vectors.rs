@@ -303,6 +303,7 @@ fn server_marks(frame: &ServerFrame) -> Vec<&'static str> {
 fn word(error: &DecodeError) -> &'static str {
     match error {
         DecodeError::BadChecksum(_) => "bad-checksum",
+        DecodeError::BadEnd => "bad-end",
         DecodeError::BadHead(_) => "bad-head",
         DecodeError::BadHello => "bad-hello",
         DecodeError::BadText(_) => "bad-text",

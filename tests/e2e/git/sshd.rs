@@ -21,6 +21,9 @@ const PROGRAMS: [&str; 2] = ["/usr/sbin/sshd", "/usr/bin/sshd"];
 /// The directory into which it locks its unprivileged half. Packages make it when they start their service.
 const PRIVSEP: &str = "/run/sshd";
 
+/// What the client's command line contains and the server's does not.
+pub(super) const CLIENT: &str = "UserKnownHostsFile";
+
 impl Sshd {
     /// `None`, and a word about it, where there is none or it cannot run.
     pub(super) async fn start(scene: &Scene) -> Option<Self> {
