@@ -1,7 +1,7 @@
 //! The agent: the entrypoint of a builder image.
 //!
 //! It runs the real build command as its child, captures what it writes, keeps it until the server has it for good,
-//! and exits as the command did. [`run`] is its whole life; the rest is what that leans on.
+//! and exits as the command did. [`run()`] is its whole life; the rest is what that leans on.
 
 mod capture;
 mod command;
