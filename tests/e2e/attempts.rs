@@ -63,7 +63,7 @@ async fn a_new_agent_is_the_next_attempt_and_the_old_one_can_store_nothing_more(
 #[tokio::test]
 async fn a_builder_that_is_started_again_takes_over() {
     let mut hook = Hook::wait(&[]).await;
-    let mut first = hook.agent(&["--tee", "off"], "echo first; exec sleep 600");
+    let mut first = hook.agent(&["--tee", "off"], "echo first; exec sleep 120");
     hook.process.stdout.shows("first\n").await;
     first.signal(rustix::process::Signal::KILL);
     assert_eq!(first.ended().await, 137);

@@ -136,7 +136,7 @@ async fn a_pusher_who_pauses_delays_nothing_and_misses_nothing() {
 async fn a_pusher_who_stalls_is_gone_after_a_while_and_the_build_never_waits_for_him() {
     let repository = Repository::new();
     let gate = repository.scene().gate("gate");
-    let script = format!("{STOPPABLE} {}; {LOUD}; while :; do sleep 0.1; done", gate.pass());
+    let script = format!("{STOPPABLE} {}; {LOUD}; for i in $(seq 1200); do sleep 0.1; done", gate.pass());
     repository.install(KEPT, &script);
     repository.commit("one");
     let push = repository.push();
@@ -266,7 +266,7 @@ async fn reject_a_push(repository: &Repository, push: impl Fn(&Repository) -> Pr
 
 /// Kills git and all who have one of these words in their command lines. Returns why the build was cancelled.
 async fn kill_a_push(repository: &Repository, push: impl Fn(&Repository) -> Process, others: &[&str]) -> String {
-    let script = format!("{STOPPABLE} while :; do sleep 0.1; done");
+    let script = format!("{STOPPABLE} for i in $(seq 1200); do sleep 0.1; done");
     repository.install(&format!("{KEPT} --keepalive 1s"), &script);
     repository.commit("one");
     let mut killed = push(repository);

@@ -12,7 +12,7 @@ use crate::harness::{Hook, Scene, Stored, builder, eventually};
 /// Writes down that it was told to stop, and how it ends then. A shell also says that its `sleep` was terminated: that is
 /// left out, as are all other errors.
 const STOPPABLE: &str = "exec 2>/dev/null; trap 'echo stopping; touch \"$E2E_SCENE/stopped\"; exit 9' TERM
-    echo going; while :; do sleep 0.1; done";
+    echo going; for i in $(seq 1200); do sleep 0.1; done";
 
 #[tokio::test]
 async fn several_steps_carry_their_names_and_the_first_failed_one_gives_the_code() {
@@ -81,7 +81,7 @@ async fn the_launcher_gets_the_hooks_standard_input_and_its_output_is_shown() {
 #[tokio::test]
 async fn what_the_launcher_leaves_behind_does_not_hold_up_the_push() {
     let scene = Scene::new();
-    let launcher = format!("sleep 600 & {}", builder(&scene, &[], "echo built"));
+    let launcher = format!("sleep 120 & {}", builder(&scene, &[], "echo built"));
     let ended = Hook::launch_in(scene, &[], &launcher).ended().await; // waits for the ends of both streams too
     assert_eq!((ended.code, ended.stdout()), (0, "built\n".to_owned()));
 }
@@ -163,7 +163,7 @@ async fn a_pusher_who_hangs_up_and_is_gone_still_gets_the_whole_log_stored() {
     let scene = Scene::new();
     let gate = scene.gate("gate");
     let script = format!(
-        "exec 2>/dev/null; trap 'echo stopping; {}; echo stopped; exit 9' TERM; echo going; while :; do sleep 0.1; done",
+        "exec 2>/dev/null; trap 'echo stopping; {}; echo stopped; exit 9' TERM; echo going; for i in $(seq 1200); do sleep 0.1; done",
         gate.pass()
     );
     let launcher = builder(&scene, &[], &script);

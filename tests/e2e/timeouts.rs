@@ -19,7 +19,7 @@ async fn nobody_phones_home() {
 
 #[tokio::test]
 async fn a_build_that_takes_too_long_is_stopped_and_its_last_words_arrive() {
-    let script = "trap 'echo stopping; exit 3' TERM; echo going; while :; do sleep 0.1; done";
+    let script = "trap 'echo stopping; exit 3' TERM; echo going; for i in $(seq 1200); do sleep 0.1; done";
     let ended = Hook::run(&["--timeout", "1s"], script).ended().await;
     let told = ended.stderr();
     assert_eq!((ended.code, ended.stdout()), (124, "going\nstopping\n".to_owned()));
@@ -29,7 +29,7 @@ async fn a_build_that_takes_too_long_is_stopped_and_its_last_words_arrive() {
 
 #[tokio::test]
 async fn a_build_that_ignores_term_is_killed_after_the_grace_period() {
-    let script = "trap '' TERM; echo stubborn; while :; do sleep 0.1; done";
+    let script = "trap '' TERM; echo stubborn; for i in $(seq 1200); do sleep 0.1; done";
     let hook = &mut Hook::wait(&["--timeout", "1s", "--grace-period", "300ms"]).await;
     let mut agent = hook.agent(&[], script);
     let ended = hook.ended().await;
@@ -40,7 +40,7 @@ async fn a_build_that_ignores_term_is_killed_after_the_grace_period() {
 
 #[tokio::test]
 async fn a_build_that_writes_nothing_is_stopped_when_that_is_limited() {
-    let ended = Hook::run(&["--idle-timeout", "700ms"], "echo going; exec sleep 600").ended().await;
+    let ended = Hook::run(&["--idle-timeout", "700ms"], "echo going; exec sleep 120").ended().await;
     let told = ended.stderr();
     assert_eq!((ended.code, ended.stdout()), (124, "going\n".to_owned()));
     assert!(told.contains("timed out: the build wrote nothing for too long"), "{told}");
@@ -57,7 +57,7 @@ async fn a_build_that_keeps_writing_is_not_idle() {
 #[tokio::test]
 async fn an_agent_that_vanished_is_lost_and_never_succeeded() {
     let mut hook = Hook::wait(&["--lost-timeout", "500ms"]).await;
-    let agent = hook.agent(&["--tee", "off"], "echo going; exec sleep 600");
+    let agent = hook.agent(&["--tee", "off"], "echo going; exec sleep 120");
     hook.process.stdout.shows("going\n").await;
     agent.signal(Signal::KILL);
     let ended = hook.ended().await;
@@ -81,7 +81,7 @@ async fn a_launcher_that_fails_ends_the_push_at_once() {
 async fn a_launcher_that_fails_later_stops_the_build() {
     let scene = Scene::new();
     let gate = scene.gate("gate");
-    let script = "trap 'echo stopping; exit 1' TERM; echo going; while :; do sleep 0.1; done";
+    let script = "trap 'echo stopping; exit 1' TERM; echo going; for i in $(seq 1200); do sleep 0.1; done";
     let launcher = format!("{} {}; exit 9", builder(&scene, &[], script), gate.pass());
     let mut hook = Hook::launch_in(scene, &[], &launcher);
     hook.process.stdout.shows("going\n").await;

@@ -1,13 +1,17 @@
 //! Whether the person who pushed is still there.
 //!
 //! git tells a hook nothing. When its client dies, `git receive-pack` lives on with the hook's output pipe open and
-//! unread, so writing succeeds until the pipe is full. Three signs are watched: the reading end of a pipe is closed; a
-//! process between the pusher and `receive-pack` is gone; what was written is not read for too long.
+//! unread, so writing succeeds until the pipe is full. Four signs are watched: the reading end of a pipe is closed; a
+//! process between the pusher and `receive-pack` is gone; nobody reads what `receive-pack` answers to the pusher; what was
+//! written is not read for too long.
 
 use std::{
     fs,
     io::Write,
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::fs::FileTypeExt,
+    },
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -17,6 +21,7 @@ use std::{
 
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
+    fs::{Mode, OFlags},
     io::{Errno, ioctl_fionread},
     process::{Pid, PidfdFlags, getppid, pidfd_open},
 };
@@ -35,7 +40,9 @@ const LOOK: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
 pub(super) async fn gone(streams: [BorrowedFd<'static>; 2], written: Arc<AtomicU64>) -> String {
     let pipes: Vec<_> = streams.into_iter().filter(|stream| is_pipe(*stream)).collect();
     let (tell, told) = oneshot::channel();
-    let watch = Watch { clients: clients(), unread: Unread::new(written), pipes };
+    let ancestors = receivers();
+    let answers = ancestors.iter().filter_map(|receiver| answer_pipe(*receiver)).collect();
+    let watch = Watch { clients: clients(&ancestors), answers, unread: Unread::new(written), pipes };
     let watching = std::thread::Builder::new().name("pusher".into()).spawn(move || {
         if let Some(reason) = watch.run() {
             drop(tell.send(reason)); // nobody may wait for it any more
@@ -50,6 +57,7 @@ pub(super) async fn gone(streams: [BorrowedFd<'static>; 2], written: Arc<AtomicU
 struct Watch {
     pipes: Vec<BorrowedFd<'static>>,
     clients: Vec<OwnedFd>,
+    answers: Vec<OwnedFd>,
     unread: Unread,
 }
 
@@ -58,7 +66,8 @@ impl Watch {
         loop {
             let pipes = self.pipes.iter().map(|pipe| PollFd::from_borrowed_fd(*pipe, PollFlags::empty()));
             let clients = self.clients.iter().map(|client| PollFd::new(client, PollFlags::IN));
-            let mut polled: Vec<_> = pipes.chain(clients).collect();
+            let answers = self.answers.iter().map(|answer| PollFd::new(answer, PollFlags::empty()));
+            let mut polled: Vec<_> = pipes.chain(clients).chain(answers).collect();
             match poll(&mut polled, Some(&LOOK)) {
                 Ok(1..) => return Some("the pusher is gone".into()),
                 Ok(0) | Err(Errno::INTR) => {}
@@ -102,25 +111,26 @@ impl Unread {
     }
 }
 
-/// The processes that push: `receive-pack` above this one, and whoever started it: the pusher's git, or a session of
-/// sshd. Empty outside git.
-fn clients() -> Vec<OwnedFd> {
-    let mut found = Vec::new();
-    let mut pid = getppid();
-    for _ in 0..MAX_ANCESTORS {
-        let Some(ancestor) = pid else { break };
-        let is_receiver = is_receive_pack(ancestor);
-        if !is_receiver && !found.is_empty() {
-            found.push(ancestor);
-            break;
-        }
-        if is_receiver {
-            found.push(ancestor);
-        }
-        pid = parent(ancestor);
-    }
-    found.retain(|pid| *pid != Pid::INIT);
-    found.into_iter().filter_map(|pid| pidfd_open(pid, PidfdFlags::empty()).ok()).collect()
+/// The processes above this one that are `receive-pack`, or a shell that waits for it. Empty outside git.
+fn receivers() -> Vec<Pid> {
+    let ancestors = std::iter::successors(getppid(), |pid| parent(*pid)).take(MAX_ANCESTORS);
+    ancestors.skip_while(|pid| !is_receive_pack(*pid)).take_while(|pid| is_receive_pack(*pid)).collect()
+}
+
+/// The receivers, and whoever started them: the pusher's git, or a session of sshd.
+fn clients(receivers: &[Pid]) -> Vec<OwnedFd> {
+    let starter = receivers.last().and_then(|pid| parent(*pid)).filter(|pid| *pid != Pid::INIT);
+    let all = receivers.iter().copied().chain(starter);
+    all.filter_map(|pid| pidfd_open(pid, PidfdFlags::empty()).ok()).collect()
+}
+
+/// The pipe on which a receiver answers the pusher, opened once more for as long as this process lives: the system says
+/// when its reader is gone. Nothing is written to it.
+fn answer_pipe(receiver: Pid) -> Option<OwnedFd> {
+    let path = format!("/proc/{}/fd/1", receiver.as_raw_nonzero());
+    let flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let is_fifo = fs::metadata(&path).is_ok_and(|metadata| metadata.file_type().is_fifo());
+    if is_fifo { rustix::fs::open(path, flags, Mode::empty()).ok() } else { None }
 }
 
 /// How far up `receive-pack` is looked for: a hook's shell, its dispatcher, a wrapper or two.
