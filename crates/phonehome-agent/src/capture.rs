@@ -39,6 +39,8 @@ pub(crate) struct Capture {
     tally: Tally,
     /// Whether output was read that is in no record. None follows it.
     cut: bool,
+    /// Which stream is looked at first.
+    turns: [Stream; 2],
     /// What may still be read from each pipe once nobody is left to fill it, bytes.
     rest: [usize; 2],
 }
@@ -83,7 +85,17 @@ impl Capture {
         waivers: watch::Receiver<Waivers>,
     ) -> Self {
         let pipes = [Some(pipes.stdout), pipes.stderr];
-        Self { pipes, outbox, copier, last_output, waivers, tally: Tally::default(), cut: false, rest: [PIPE_SIZE; 2] }
+        Self {
+            pipes,
+            outbox,
+            copier,
+            last_output,
+            waivers,
+            tally: Tally::default(),
+            cut: false,
+            turns: [Stream::Stdout, Stream::Stderr],
+            rest: [PIPE_SIZE; 2],
+        }
     }
 
     /// Runs until both pipes are at their ends, or until nothing is left that the [`Waivers`] let it wait for.
@@ -113,12 +125,16 @@ impl Capture {
             if writers_waived && !self.holds_bytes() {
                 return None;
             }
-            let [stdout, stderr] = &self.pipes;
+            let Self { pipes, waivers, turns, .. } = &mut *self;
+            let [first, second] = *turns;
             tokio::select! {
-                biased;
-                () = readable(stdout.as_ref()) => return Some(Stream::Stdout),
-                () = readable(stderr.as_ref()) => return Some(Stream::Stderr),
-                () = waived(&mut self.waivers, |waivers| waivers.writers), if !writers_waived => {}
+                biased; // the stream that was not read last goes first: neither can starve the other
+                () = readable(pipe(pipes, first)) => {
+                    *turns = [second, first];
+                    return Some(first);
+                }
+                () = readable(pipe(pipes, second)) => return Some(second),
+                () = waived(waivers, |waivers| waivers.writers), if !writers_waived => {}
             }
         }
     }
@@ -194,6 +210,10 @@ fn tell_held_open() {
     warn!("output is still held open by a process outside the command's group; it is read no further");
 }
 
+fn pipe(pipes: &[Option<Receiver>; 2], stream: Stream) -> Option<&Receiver> {
+    pipes[usize::from(stream.number())].as_ref()
+}
+
 /// Never completes without a pipe.
 async fn readable(pipe: Option<&Receiver>) {
     match pipe {
@@ -248,6 +268,12 @@ pub(crate) fn now_micros() -> UnixMicros {
 
 #[cfg(test)]
 mod tests {
+    use phonehome_proto::{
+        codec::binary::decode_agent,
+        frame::{AgentFrame, Durable, ServerFrame, Welcome},
+        limits::WINDOW,
+        sender::Outgoing,
+    };
     use tokio::io::AsyncWriteExt;
 
     use super::*;
@@ -268,6 +294,21 @@ mod tests {
         assert_eq!((counts.stdout.bytes, counts.stderr.bytes), (text.len() as u64, 1));
         assert_eq!(outbox.with(|sender| sender.next()), counts.records());
         assert!(!captured.cut);
+    }
+
+    #[tokio::test]
+    async fn a_flood_on_one_stream_does_not_starve_the_other() {
+        let (mut stdout, out) = tokio::net::unix::pipe::pipe().unwrap();
+        let (mut stderr, err) = tokio::net::unix::pipe::pipe().unwrap();
+        rustix::pipe::fcntl_setpipe_size(&out, PIPE_SIZE).unwrap();
+        stdout.write_all(&vec![b'x'; 8 * MAX_PAYLOAD]).await.unwrap();
+        stderr.write_all(b"e").await.unwrap();
+        drop((stdout, stderr));
+        let outbox = Arc::new(Outbox::new(8 << 20));
+        let (_waive, waivers) = watch::channel(Waivers::default());
+        capture(out, Some(err), &outbox, waivers).run().await;
+        let streams = first_streams(&outbox);
+        assert!(streams.contains(&Stream::Stderr), "{streams:?}");
     }
 
     #[tokio::test]
@@ -316,6 +357,34 @@ mod tests {
     fn capture_is_readable(pipe: &Receiver) -> bool {
         let mut polled = [PollFd::from_borrowed_fd(pipe.as_fd(), PollFlags::IN)];
         poll(&mut polled, Some(&Timespec::default())).unwrap() > 0
+    }
+
+    /// Of the first two records.
+    fn first_streams(outbox: &Outbox) -> Vec<Stream> {
+        let welcome = Welcome {
+            attempt: 1,
+            next: 0,
+            durable: Durable::Memory,
+            window: WINDOW,
+            heartbeat: 0,
+            max_payload: 0,
+            max_message: 0,
+            cancel: None,
+            server: String::new(),
+            capabilities: Vec::new(),
+        };
+        outbox.with(|sender| {
+            sender.handle_connected();
+            sender.handle_frame(ServerFrame::Welcome(welcome)).unwrap();
+            let sent = [sender.poll_transmit(), sender.poll_transmit()].into_iter().flatten();
+            let frames = sent.map(|outgoing| match outgoing {
+                Outgoing::Message(message) => decode_agent(&message).unwrap(),
+                Outgoing::Frame(frame) => frame,
+            });
+            let records =
+                frames.filter_map(|frame| if let AgentFrame::Records(records) = frame { Some(records) } else { None });
+            records.flatten().take(2).map(|record| record.stream).collect()
+        })
     }
 
     fn capture(
