@@ -2,7 +2,7 @@
 
 use rustix::process::Signal;
 
-use crate::harness::{Hook, Process, Scene, arguments, builder, server};
+use crate::harness::{Hook, Process, Scene, arguments, builder, server, skipped};
 
 #[tokio::test]
 async fn nobody_phones_home() {
@@ -100,4 +100,40 @@ async fn a_launcher_that_cannot_be_started_ends_the_push_at_once() {
     assert_eq!(hook.ended().await, 125);
     let told = String::from_utf8(hook.stderr.all().await).unwrap();
     assert!(told.contains("/nowhere/launcher could not be started"), "{told}");
+}
+
+/// What the disk had room for is printed, and the verdict names the disk, not the agent that gave up in the end.
+#[tokio::test]
+async fn a_full_disk_is_the_reason_and_not_the_agent() {
+    let scene = Scene::new();
+    let data = scene.path("small");
+    let Some(_small) = SmallDisk::mount(&data) else { return skipped("a tmpfs cannot be mounted") };
+    let launcher = builder(&scene, &["--linger", "2s"], "head -c 6000000 /dev/zero");
+    let data = data.to_str().unwrap();
+    let options = ["--data", data, "--lost-timeout", "3s", "--grace-period", "0s"];
+    let mut hook = Hook::launch_in(scene, &options, &launcher);
+    let ended = hook.ended().await;
+    let told = ended.stderr();
+    assert_eq!(ended.code, 125, "{told}");
+    assert!(told.contains("build error: the log cannot be stored"), "{told}");
+    assert!(told.contains("the log is not complete"), "{told}");
+    assert!(ended.stdout.iter().all(|byte| *byte == 0) && !ended.stdout.is_empty());
+}
+
+/// 3 MiB in memory, unmounted when dropped.
+struct SmallDisk(std::path::PathBuf);
+
+impl SmallDisk {
+    fn mount(path: &std::path::Path) -> Option<Self> {
+        std::fs::create_dir(path).unwrap();
+        let mut mount = std::process::Command::new("mount");
+        mount.args(["-t", "tmpfs", "-o", "size=3m", "tmpfs"]).arg(path).stderr(std::process::Stdio::null());
+        mount.status().is_ok_and(|status| status.success()).then(|| Self(path.to_owned()))
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        drop(std::process::Command::new("umount").arg("-l").arg(&self.0).status()); // there is nothing left to do about it
+    }
 }

@@ -1,6 +1,6 @@
 //! When to ask for a sign of life, and when to stop believing in one.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use crate::limits::{DEAD_AFTER, HEARTBEAT};
 
@@ -62,16 +62,12 @@ impl Heartbeat {
             _ => Beat::Wait,
         }
     }
-
-    /// How long the peer has been silent.
-    #[must_use]
-    pub fn silence(&self, now: Instant) -> Duration {
-        now.saturating_duration_since(self.heard)
-    }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     fn origin() -> Instant {

@@ -203,7 +203,7 @@ impl Build {
         let patience = inner.life.lost_limit();
         drop(inner);
         if patience.is_some_and(|patience| now.duration_since(since) >= patience) {
-            self.fail("the log cannot be stored; see the server's log and its data directory");
+            self.fail(NOT_STORED);
         }
     }
 
@@ -269,9 +269,17 @@ impl Build {
             let deadline = self.lock().life.poll_timeout();
             tokio::select! {
                 () = self.touched.notified() => {}
-                () = expiry(deadline) => self.act(|life| life.handle_timeout(Instant::now())),
+                () = expiry(deadline) => self.handle_timeout(),
             }
         }
+    }
+
+    /// A clock has run out. While nothing can be stored that is the reason, whatever it did to the agents.
+    fn handle_timeout(&self) {
+        if self.lock().storage_failing.is_some() {
+            self.fail(NOT_STORED);
+        }
+        self.act(|life| life.handle_timeout(Instant::now()));
     }
 
     /// Waits for the verdict, which anybody may do, at any time.
@@ -306,6 +314,9 @@ impl Build {
         BuildLog { changed: self.changed.subscribe(), build: self.clone(), readers: Vec::new(), turn: 0 }
     }
 }
+
+/// Why a build ends whose log has no place.
+const NOT_STORED: &str = "the log cannot be stored; is the data directory full or read-only?";
 
 /// Never completes without a deadline.
 pub(crate) async fn expiry(at: Option<Instant>) {
