@@ -1,0 +1,408 @@
+//! Files, by position and by whole: what a durable log is made of.
+
+use std::{
+    ffi::OsString,
+    fmt,
+    fs::{self, DirBuilder, OpenOptions},
+    io::{self, IoSlice},
+    os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt},
+    path::Path,
+};
+
+use rustix::{fs::OFlags, process::geteuid};
+
+use crate::fault;
+
+/// A machine's files.
+///
+/// What is written is with the operating system and outlives this process; what is synced outlives the machine's
+/// crash. A file's name is durable once its directory is synced, whatever was synced of its contents.
+pub trait Disk: fmt::Debug + Send + Sync {
+    /// Opens a file; never through a symbolic link.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be opened, or exists already ([`Open::New`]), or does not ([`Open::Read`]).
+    fn open(&self, path: &Path, how: Open) -> io::Result<Box<dyn File>>;
+
+    /// Makes a directory and those above it, as far as they are not there.
+    ///
+    /// # Errors
+    ///
+    /// When that is not possible.
+    fn create_dirs(&self, path: &Path) -> io::Result<()>;
+
+    /// Makes a directory that nobody else may enter, or checks that one which is there is such: a directory and no link,
+    /// owned by this user, not writable by others.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be made or is not such.
+    fn private_dir(&self, path: &Path) -> io::Result<()>;
+
+    /// The names in a directory, sorted.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be read.
+    fn list(&self, path: &Path) -> io::Result<Vec<OsString>>;
+
+    /// Gives a file another name; one that has it already is replaced, at once and as a whole.
+    ///
+    /// # Errors
+    ///
+    /// When that is not possible.
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
+
+    /// Removes a file.
+    ///
+    /// # Errors
+    ///
+    /// When that is not possible.
+    fn remove_file(&self, path: &Path) -> io::Result<()>;
+
+    /// Removes an empty directory.
+    ///
+    /// # Errors
+    ///
+    /// When that is not possible.
+    fn remove_dir(&self, path: &Path) -> io::Result<()>;
+
+    /// Makes the names in a directory durable.
+    ///
+    /// # Errors
+    ///
+    /// When the disk fails.
+    fn sync_dir(&self, path: &Path) -> io::Result<()>;
+
+    /// Reads a small file whole.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be read.
+    fn read(&self, path: &Path) -> io::Result<Vec<u8>> {
+        let file = self.open(path, Open::Read)?;
+        let mut contents = vec![0; file.len()? as usize];
+        file.read_exact_at(&mut contents, 0)?;
+        Ok(contents)
+    }
+
+    /// Whether there is something of this name.
+    ///
+    /// # Errors
+    ///
+    /// When that cannot be found out.
+    fn exists(&self, path: &Path) -> io::Result<bool>;
+}
+
+/// What a file is opened for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Open {
+    /// To read what is there.
+    Read,
+    /// To write as well; made when it is not there.
+    Write,
+    /// To write, made new and for this user alone.
+    New,
+}
+
+/// An open file. It has no position of its own: any number of threads may use it.
+pub trait File: fmt::Debug + Send + Sync {
+    /// Reads at a position; 0 bytes at the end.
+    ///
+    /// # Errors
+    ///
+    /// When the disk fails.
+    fn read_at(&self, buffer: &mut [u8], position: u64) -> io::Result<usize>;
+
+    /// Writes some bytes of the slices, in order, at a position.
+    ///
+    /// # Errors
+    ///
+    /// When the disk is full or fails. Nothing, or a part, may have been written.
+    fn write_at(&self, slices: &[IoSlice<'_>], position: u64) -> io::Result<usize>;
+
+    /// Cuts or extends the file.
+    ///
+    /// # Errors
+    ///
+    /// When the disk fails.
+    fn set_len(&self, len: u64) -> io::Result<()>;
+
+    /// Its size, bytes.
+    ///
+    /// # Errors
+    ///
+    /// When the disk fails.
+    fn len(&self) -> io::Result<u64>;
+
+    /// Whether it has no bytes.
+    ///
+    /// # Errors
+    ///
+    /// When the disk fails.
+    fn is_empty(&self) -> io::Result<bool> {
+        Ok(self.len()? == 0)
+    }
+
+    /// Makes contents and size durable. After an error nobody knows what is: a later call would report success for
+    /// pages that were dropped.
+    ///
+    /// # Errors
+    ///
+    /// When the disk fails.
+    fn sync(&self) -> io::Result<()>;
+}
+
+impl dyn File + '_ {
+    /// Fills a buffer.
+    ///
+    /// # Errors
+    ///
+    /// When the file ends before, or the disk fails.
+    pub fn read_exact_at(&self, mut buffer: &mut [u8], mut position: u64) -> io::Result<()> {
+        while !buffer.is_empty() {
+            match self.read_at(buffer, position) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(count) => {
+                    buffer = &mut buffer[count..];
+                    position += count as u64;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes all of the slices.
+    ///
+    /// # Errors
+    ///
+    /// When the disk is full or fails. A part may have been written.
+    pub fn write_all_at(&self, mut slices: &mut [IoSlice<'_>], mut position: u64) -> io::Result<()> {
+        IoSlice::advance_slices(&mut slices, 0); // empty ones would look like a file that takes nothing
+        while !slices.is_empty() {
+            match self.write_at(&slices[..slices.len().min(MAX_SLICES)], position) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(count) => {
+                    IoSlice::advance_slices(&mut slices, count);
+                    position += count as u64;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Slices one system call takes (pwritev(2), `IOV_MAX`).
+const MAX_SLICES: usize = 1024;
+
+/// Writes a small file so that a reader sees all of it or what was there before (rename(2)), durably when asked to.
+///
+/// # Errors
+///
+/// When the disk is full or fails; what was there before is there still.
+pub fn write_whole(disk: &dyn Disk, path: &Path, contents: &[u8], durable: bool) -> io::Result<()> {
+    let temporary = path.with_extension("tmp");
+    let written = (|| {
+        let file = disk.open(&temporary, Open::Write)?;
+        file.set_len(0)?;
+        file.write_all_at(&mut [IoSlice::new(contents)], 0)?;
+        if durable { file.sync() } else { Ok(()) }
+    })();
+    if let Err(error) = written {
+        drop(disk.remove_file(&temporary)); // it may not even be there; the error that counts is the first
+        return Err(error);
+    }
+    disk.rename(&temporary, path)?;
+    match path.parent() {
+        Some(dir) if durable => disk.sync_dir(dir),
+        Some(_) | None => Ok(()),
+    }
+}
+
+/// Whether an error says that there is no room: the file system is full, or a quota is.
+#[must_use]
+pub fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+}
+
+/// The system's files. In debug builds `PHONEHOME_FAULT` makes chosen operations fail, see `fault`.
+#[derive(Debug)]
+pub struct RealDisk;
+
+impl Disk for RealDisk {
+    fn open(&self, path: &Path, how: Open) -> io::Result<Box<dyn File>> {
+        let mut options = OpenOptions::new();
+        options.read(true).custom_flags(OFlags::NOFOLLOW.bits().cast_signed());
+        match how {
+            Open::Read => {}
+            Open::Write => {
+                fault::point("open", path)?;
+                options.write(true).create(true).truncate(false);
+            }
+            Open::New => {
+                fault::point("open", path)?;
+                options.write(true).create_new(true).mode(0o600);
+            }
+        }
+        Ok(Box::new(RealFile { file: options.open(path)?, name: fault::Name::of(path) }))
+    }
+
+    fn create_dirs(&self, path: &Path) -> io::Result<()> {
+        fault::point("mkdir", path)?;
+        fs::create_dir_all(path)
+    }
+
+    fn private_dir(&self, path: &Path) -> io::Result<()> {
+        fault::point("mkdir", path)?;
+        match DirBuilder::new().mode(0o700).create(path) {
+            Ok(()) => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(error) => return Err(error),
+        }
+        let found = fs::symlink_metadata(path)?;
+        let refuse = |why| Err(io::Error::new(io::ErrorKind::PermissionDenied, why));
+        if !found.is_dir() {
+            return refuse("it is not a directory");
+        }
+        if found.uid() != geteuid().as_raw() {
+            return refuse("it belongs to another user");
+        }
+        if found.mode() & 0o022 != 0 {
+            return refuse("others may write to it; use chmod 700");
+        }
+        Ok(())
+    }
+
+    fn list(&self, path: &Path) -> io::Result<Vec<OsString>> {
+        let mut names = fs::read_dir(path)?.map(|entry| Ok(entry?.file_name())).collect::<io::Result<Vec<_>>>()?;
+        names.sort_unstable();
+        Ok(names)
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        fault::point("rename", to)?;
+        fs::rename(from, to)
+    }
+
+    fn remove_file(&self, path: &Path) -> io::Result<()> {
+        fault::point("remove", path)?;
+        fs::remove_file(path)
+    }
+
+    fn remove_dir(&self, path: &Path) -> io::Result<()> {
+        fault::point("remove", path)?;
+        fs::remove_dir(path)
+    }
+
+    fn sync_dir(&self, path: &Path) -> io::Result<()> {
+        fault::point("syncdir", path)?;
+        fs::File::open(path)?.sync_all()
+    }
+
+    fn exists(&self, path: &Path) -> io::Result<bool> {
+        path.try_exists()
+    }
+}
+
+/// A file of the system.
+#[derive(Debug)]
+struct RealFile {
+    file: fs::File,
+    name: fault::Name,
+}
+
+impl File for RealFile {
+    fn read_at(&self, buffer: &mut [u8], position: u64) -> io::Result<usize> {
+        self.file.read_at(buffer, position)
+    }
+
+    fn write_at(&self, slices: &[IoSlice<'_>], position: u64) -> io::Result<usize> {
+        self.name.write_point(|| {
+            self.file.write_at(slices.first().map_or(&[][..], |slice| &slice[..slice.len() / 2]), position)
+        })?;
+        match slices {
+            [slice] => self.file.write_at(slice, position),
+            _ => Ok(rustix::io::pwritev(&self.file, slices, position)?),
+        }
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.name.point("truncate")?;
+        self.file.set_len(len)
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        Ok(self.file.metadata()?.len())
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.name.point("sync")?;
+        self.file.sync_data()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::{PermissionsExt, symlink};
+
+    use super::*;
+
+    #[test]
+    fn many_slices_are_written_in_order_and_read_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = RealDisk.open(&dir.path().join("file"), Open::Write).unwrap();
+        let texts: Vec<_> = (0..3000).map(|at| format!("{at},")).collect();
+        let mut slices: Vec<_> = texts.iter().map(|text| IoSlice::new(text.as_bytes())).collect();
+        slices.insert(0, IoSlice::new(b""));
+        file.write_all_at(&mut slices, 5).unwrap();
+        let whole = texts.concat();
+        let mut found = vec![0; whole.len()];
+        file.read_exact_at(&mut found, 5).unwrap();
+        assert_eq!(found, whole.as_bytes());
+        assert!(file.read_exact_at(&mut [0], whole.len() as u64 + 5).is_err());
+    }
+
+    #[test]
+    fn a_whole_file_replaces_what_was_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("verdict.json");
+        for (text, durable) in [("a longer first one", true), ("second", false)] {
+            write_whole(&RealDisk, &path, text.as_bytes(), durable).unwrap();
+            assert_eq!(RealDisk.read(&path).unwrap(), text.as_bytes());
+        }
+        assert_eq!(RealDisk.list(dir.path()).unwrap(), ["verdict.json"]);
+    }
+
+    #[test]
+    fn no_link_is_followed_and_a_new_file_is_new() {
+        let dir = tempfile::tempdir().unwrap();
+        let (target, link) = (dir.path().join("target"), dir.path().join("link"));
+        fs::write(&target, "precious").unwrap();
+        symlink(&target, &link).unwrap();
+        for how in [Open::Read, Open::Write, Open::New] {
+            assert!(RealDisk.open(&link, how).is_err(), "{how:?}");
+        }
+        assert!(RealDisk.open(&target, Open::New).is_err());
+        RealDisk.open(&dir.path().join("own"), Open::New).unwrap();
+        assert_eq!(fs::metadata(dir.path().join("own")).unwrap().mode() & 0o777, 0o600);
+    }
+
+    #[test]
+    fn a_private_directory_is_made_or_checked() {
+        let dir = tempfile::tempdir().unwrap();
+        let own = dir.path().join("own");
+        RealDisk.private_dir(&own).unwrap();
+        assert_eq!(fs::metadata(&own).unwrap().mode() & 0o777, 0o700);
+        RealDisk.private_dir(&own).unwrap();
+        fs::set_permissions(&own, fs::Permissions::from_mode(0o770)).unwrap();
+        assert!(RealDisk.private_dir(&own).unwrap_err().to_string().contains("chmod 700"));
+        let link = dir.path().join("link");
+        symlink(&own, &link).unwrap();
+        assert!(RealDisk.private_dir(&link).is_err());
+    }
+}
