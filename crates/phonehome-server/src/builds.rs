@@ -268,6 +268,7 @@ impl Build {
         while self.verdict.borrow().is_none() {
             let deadline = self.lock().life.poll_timeout();
             tokio::select! {
+                biased; // what has changed may have moved the deadline
                 () = self.touched.notified() => {}
                 () = expiry(deadline) => self.handle_timeout(),
             }

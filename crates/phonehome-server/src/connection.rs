@@ -164,6 +164,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         loop {
             let shutdown = self.shared.shutdown.clone();
             let message = tokio::select! {
+                biased; // the order is the same in every run
                 () = shutdown.cancelled() => return Err(Hangup::ShuttingDown),
                 message = timeout_at(deadline, self.socket.next()) => message.map_err(|_| Hangup::NoHello)?,
             };
@@ -186,7 +187,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             return Hangup::Superseded; // a newer hello was seated first
         }
         self.shared.agents.fetch_add(1, Ordering::Relaxed);
-        let mut session = Session::new(seat);
+        let mut session = Session::new(seat, self.shared.env.jitter());
         let result = self.talk(&mut session).await;
         self.shared.agents.fetch_sub(1, Ordering::Relaxed);
         if session.end == EndState::Answered && matches!(result, Err(Hangup::Closed)) {
@@ -401,9 +402,8 @@ enum EndState {
 }
 
 impl Session {
-    fn new(mut seat: Seat) -> Self {
+    fn new(mut seat: Seat, jitter: f64) -> Self {
         let progress = seat.opened.progress.borrow_and_update().clone();
-        let jitter = getrandom::u32().map_or(0.5, |bits| f64::from(bits) / f64::from(u32::MAX));
         Self {
             heartbeat: Heartbeat::asking(Instant::now().into_std(), jitter),
             first: progress.next,

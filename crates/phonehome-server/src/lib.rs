@@ -51,6 +51,7 @@ mod identity;
 mod listener;
 mod server;
 mod store;
+mod tasks;
 
 pub use builds::{BuildLog, Clock, Clocks, LogItem, LogRecord, Outcome, Verdict};
 pub use identity::IdentityError;

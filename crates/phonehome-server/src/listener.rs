@@ -12,7 +12,8 @@ use http::{
 use http_body_util::Full;
 use hyper::{body::Incoming, service::service_fn, upgrade::OnUpgrade};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use phonehome_proto::{codec::Codec, limits::MAX_MESSAGE};
+use phonehome_env::{network, websocket};
+use phonehome_proto::codec::Codec;
 use rustls::ServerConfig;
 use tokio::{
     io::{AsyncRead, AsyncWrite, AsyncWriteExt},
@@ -23,15 +24,11 @@ use tokio::{
 use tokio_rustls::TlsAcceptor;
 use tokio_tungstenite::{
     WebSocketStream,
-    tungstenite::{
-        handshake::derive_accept_key,
-        protocol::{Role, WebSocketConfig},
-    },
+    tungstenite::{handshake::derive_accept_key, protocol::Role},
 };
-use tokio_util::task::TaskTracker;
 use tracing::{Instrument, debug, info_span, warn};
 
-use crate::{builds::Build, connection::Connection, server::Shared};
+use crate::{builds::Build, connection::Connection, server::Shared, tasks::Tasks};
 
 type Body = Full<bytes::Bytes>;
 
@@ -40,7 +37,7 @@ pub(crate) struct Listener {
     socket: TcpListener,
     tls: Option<TlsAcceptor>,
     shared: Arc<Shared>,
-    tasks: TaskTracker,
+    tasks: Tasks,
     strangers: Arc<Semaphore>,
 }
 
@@ -56,22 +53,8 @@ const READ_BUFFER: usize = 64 * 1024;
 /// Pause after the system refused a connection, out of descriptors say.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-fn websocket_config() -> WebSocketConfig {
-    WebSocketConfig::default()
-        .read_buffer_size(READ_BUFFER)
-        .write_buffer_size(0)
-        .max_write_buffer_size(2 * MAX_MESSAGE)
-        .max_message_size(Some(MAX_MESSAGE))
-        .max_frame_size(Some(MAX_MESSAGE))
-}
-
 impl Listener {
-    pub(crate) fn new(
-        socket: TcpListener,
-        tls: Option<Arc<ServerConfig>>,
-        shared: Arc<Shared>,
-        tasks: TaskTracker,
-    ) -> Self {
+    pub(crate) fn new(socket: TcpListener, tls: Option<Arc<ServerConfig>>, shared: Arc<Shared>, tasks: Tasks) -> Self {
         let strangers = Arc::new(Semaphore::new(MAX_STRANGERS));
         Self { socket, tls: tls.map(TlsAcceptor::from), shared, tasks, strangers }
     }
@@ -113,15 +96,15 @@ impl Listener {
 }
 
 /// Somebody who has not shown a token yet.
-struct Visitor {
-    tls: Option<TlsAcceptor>,
-    shared: Arc<Shared>,
-    tasks: TaskTracker,
+pub(crate) struct Visitor {
+    pub(crate) tls: Option<TlsAcceptor>,
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) tasks: Tasks,
 }
 
 impl Visitor {
     async fn serve(self, tcp: TcpStream) -> io::Result<()> {
-        tcp.set_nodelay(true)?;
+        network::prepare(&tcp)?;
         match &self.tls {
             None => self.serve_http(tcp).await,
             Some(_) if !speaks_tls(&tcp).await? => refuse_plain_http(tcp).await,
@@ -132,7 +115,11 @@ impl Visitor {
         }
     }
 
-    async fn serve_http(self, stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static) -> io::Result<()> {
+    /// Answers one request, and runs the agent's connection when it is one.
+    pub(crate) async fn serve_http(
+        self,
+        stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    ) -> io::Result<()> {
         let service = service_fn(|request| std::future::ready(Ok::<_, Infallible>(self.answer(request))));
         hyper::server::conn::http1::Builder::new()
             .timer(TokioTimer::new())
@@ -245,7 +232,8 @@ async fn welcome(upgraded: OnUpgrade, codec: Codec, build: Arc<Build>, shared: A
     match timeout(HANDSHAKE_TIMEOUT, upgraded).await {
         Ok(Ok(upgraded)) => {
             let stream = TokioIo::new(upgraded);
-            let socket = WebSocketStream::from_raw_socket(stream, Role::Server, Some(websocket_config())).await;
+            let socket =
+                WebSocketStream::from_raw_socket(stream, Role::Server, Some(websocket::config(READ_BUFFER))).await;
             Connection::new(socket, codec, build, shared).run().await;
         }
         Ok(Err(error)) => debug!("the upgrade failed: {error}"),

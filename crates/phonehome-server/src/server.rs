@@ -8,15 +8,18 @@ use std::{
     time::Duration,
 };
 
+use phonehome_env::{Env, network::Transport};
 use phonehome_proto::id::{BuildId, StepName};
 use tokio::{net::TcpListener, time::timeout};
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tokio_util::sync::CancellationToken;
+use tracing::debug;
 
 use crate::{
     builds::{Build, BuildLog, Builds, Clocks, Verdict},
     identity::{Identity, IdentityError},
-    listener::Listener,
+    listener::{Listener, Visitor},
     store::{Durability, Store},
+    tasks::Tasks,
 };
 
 /// Where and how to serve.
@@ -52,6 +55,7 @@ pub enum StartError {
 pub(crate) struct Shared {
     pub(crate) builds: Builds,
     pub(crate) store: Store,
+    pub(crate) env: Env,
     /// Connections that have said hello, for dividing the windows.
     pub(crate) agents: std::sync::atomic::AtomicU64,
     pub(crate) shutdown: CancellationToken,
@@ -80,7 +84,7 @@ pub struct Refusals {
 #[derive(Debug)]
 pub struct Server {
     shared: Arc<Shared>,
-    tasks: TaskTracker,
+    tasks: Tasks,
     address: SocketAddr,
     pin: Option<String>,
 }
@@ -94,13 +98,15 @@ pub struct Expected {
     pub steps: Vec<StepName>,
     /// Its time limits.
     pub clocks: Clocks,
+    /// The secret its agents need, to go on with a build after a restart; `None` draws one.
+    pub token: Option<String>,
 }
 
 impl Expected {
     /// A build with the one step `main` and the default clocks.
     #[must_use]
     pub fn new(id: BuildId) -> Self {
-        Self { id, steps: vec![StepName::default()], clocks: Clocks::default() }
+        Self { id, steps: vec![StepName::default()], clocks: Clocks::default(), token: None }
     }
 }
 
@@ -118,7 +124,7 @@ pub enum ExpectError {
     NoSteps,
     /// There is no source of randomness for a token.
     #[error("cannot draw a token")]
-    Random(#[from] getrandom::Error),
+    Random(#[source] io::Error),
 }
 
 /// A build that this server waits for.
@@ -138,23 +144,37 @@ impl Server {
     ///
     /// When address, data directory or key cannot be had.
     pub async fn spawn(config: Config) -> Result<Self, StartError> {
-        let identity = config.tls.then(Identity::generate).transpose()?;
-        let store =
-            Store::open(&config.data, config.durability).map_err(|e| StartError::Store(config.data.clone(), e))?;
         let bind = |error| StartError::Bind(config.listen, error);
         let socket = TcpListener::bind(config.listen).await.map_err(bind)?;
         let address = socket.local_addr().map_err(bind)?;
+        let identity = config.tls.then(Identity::generate).transpose()?;
+        let (tls, pin) = identity.map_or((None, None), |identity| (Some(identity.config), Some(identity.pin)));
+        let mut server = Self::deaf(Env::real(), &config)?;
+        (server.address, server.pin) = (address, pin);
+        server.tasks.spawn(Listener::new(socket, tls, server.shared.clone(), server.tasks.clone()).run());
+        Ok(server)
+    }
+
+    /// A server that does not listen, on a machine of the caller's making: what reaches it comes through
+    /// [`Self::serve`]. Its [`Self::local_addr`] is nobody's.
+    ///
+    /// # Errors
+    ///
+    /// When the data directory cannot be had.
+    #[doc(hidden)]
+    pub fn deaf(env: Env, config: &Config) -> Result<Self, StartError> {
+        let store =
+            Store::open(&config.data, config.durability).map_err(|e| StartError::Store(config.data.clone(), e))?;
         let shared = Arc::new(Shared {
             builds: Builds::default(),
             store,
+            env,
             agents: std::sync::atomic::AtomicU64::new(0),
             shutdown: CancellationToken::new(),
             refusals: Mutex::new(None),
         });
-        let tasks = TaskTracker::new();
-        let (tls, pin) = identity.map_or((None, None), |identity| (Some(identity.config), Some(identity.pin)));
-        tasks.spawn(Listener::new(socket, tls, shared.clone(), tasks.clone()).run());
-        Ok(Self { shared, tasks, address, pin })
+        let address = SocketAddr::from(([0, 0, 0, 0], 0));
+        Ok(Self { shared, tasks: Tasks::default(), address, pin: None })
     }
 
     /// The address that was bound.
@@ -177,6 +197,16 @@ impl Server {
         format!("{scheme}://{host}:{port}")
     }
 
+    /// Serves a connection that was accepted elsewhere, on a unix socket say. Nothing is encrypted here.
+    pub fn serve(&self, stream: impl Transport + 'static) {
+        let visitor = Visitor { tls: None, shared: self.shared.clone(), tasks: self.tasks.clone() };
+        self.tasks.spawn(async move {
+            if let Err(error) = visitor.serve_http(stream).await {
+                debug!("the connection ended before it was one: {error}");
+            }
+        });
+    }
+
     /// Callers that were turned away so far: what to look at when a build never connects.
     #[must_use]
     pub fn refusals(&self) -> Option<Refusals> {
@@ -195,8 +225,8 @@ impl Server {
         if self.shared.store.has_verdict(expected.id.as_str()) {
             return Err(ExpectError::Ended(expected.id));
         }
-        let token = draw_token()?;
-        let Expected { id, steps, clocks } = expected;
+        let Expected { id, steps, clocks, token } = expected;
+        let token = token.map_or_else(|| draw_token(&self.shared.env), Ok).map_err(ExpectError::Random)?;
         let build = Arc::new(Build::new(id.clone(), &token, steps, clocks, self.shared.store.clone()));
         if !self.shared.builds.insert(build.clone()) {
             return Err(ExpectError::Known(id));
@@ -204,6 +234,7 @@ impl Server {
         let (watched, shutdown) = (build.clone(), self.shared.shutdown.clone());
         self.tasks.spawn(async move {
             tokio::select! {
+                biased; // a verdict that is due is given
                 () = watched.watch_clocks() => {}
                 () = shutdown.cancelled() => {}
             }
@@ -221,14 +252,13 @@ impl Server {
         };
         drop(timeout(patience, confirmed).await); // whoever did not hear it in time will say so itself
         self.shared.shutdown.cancel();
-        self.tasks.close();
-        drop(timeout(DRAIN, self.tasks.wait()).await); // dropping the runtime ends what is left
+        drop(timeout(DRAIN, self.tasks.ended()).await); // what has not ended by then ends where it stands
     }
 }
 
 impl Drop for Server {
     fn drop(&mut self) {
-        self.shared.shutdown.cancel();
+        self.tasks.stop();
     }
 }
 
@@ -280,9 +310,9 @@ impl ExpectedBuild {
 }
 
 /// 256 random bits behind a prefix that secret scanners can look for.
-fn draw_token() -> Result<String, getrandom::Error> {
+fn draw_token(env: &Env) -> io::Result<String> {
     let mut secret = [0; 32];
-    getrandom::fill(&mut secret)?;
+    env.nature.fill(&mut secret)?;
     Ok(format!("{TOKEN_PREFIX}{}", phonehome_proto::id::Digest(secret)))
 }
 

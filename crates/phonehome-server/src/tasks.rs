@@ -1,0 +1,30 @@
+//! The tasks of one server.
+
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+/// Every task of a server. They end by themselves when it shuts down, or all at once where they stand.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Tasks {
+    tracker: TaskTracker,
+    stop: CancellationToken,
+}
+
+impl Tasks {
+    pub(crate) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        let stop = self.stop.clone();
+        self.tracker.spawn(async move {
+            stop.run_until_cancelled(task).await;
+        });
+    }
+
+    /// Waits until every task has ended.
+    pub(crate) async fn ended(&self) {
+        self.tracker.close();
+        self.tracker.wait().await;
+    }
+
+    /// Ends every task at the point it has got to.
+    pub(crate) fn stop(&self) {
+        self.stop.cancel();
+    }
+}
