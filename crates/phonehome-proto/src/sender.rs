@@ -1,5 +1,12 @@
 //! The agent's half of exactly-once: what it holds, what is on its way, what may be forgotten.
 //!
+//! Held records are in memory, but for a middle that may lie elsewhere, on a disk say:
+//!
+//! ```text
+//! | forgotten | held | spilled, elsewhere | tail |
+//!          oldest                              next
+//! ```
+//!
 //! ```text
 //! Offline --connected--> Greeting --Welcome--> Streaming --FinishedAck--> Done
 //!    ^-------disconnected----'------------------'
@@ -18,14 +25,22 @@ use crate::{
 /// Records that are not yet accepted, and how far the server has them.
 #[derive(Debug)]
 pub struct Sender {
+    /// The oldest, without a gap: what is sent next is among them.
     held: VecDeque<Sealed>,
+    /// How many records after those are not in memory.
+    spilled: u64,
+    /// The newest, after those. Empty when nothing is spilled.
+    tail: VecDeque<Sealed>,
     oldest: u64,
-    cost: u64,
+    /// Of `held` and of `tail`.
+    cost: [u64; 2],
     sent: u64,
     /// The highest `sent` of all connections: what the server may have.
     reached: u64,
     in_flight: u64,
     window: u64,
+    /// The most in flight, whatever the server grants.
+    own_window: u64,
     finished: Option<Finished>,
     phase: Phase,
 }
@@ -86,12 +101,15 @@ impl Default for Sender {
     fn default() -> Self {
         Self {
             held: VecDeque::new(),
+            spilled: 0,
+            tail: VecDeque::new(),
             oldest: 0,
-            cost: 0,
+            cost: [0; 2],
             sent: 0,
             reached: 0,
             in_flight: 0,
             window: WINDOW,
+            own_window: u64::MAX,
             finished: None,
             phase: Phase::Offline,
         }
@@ -99,6 +117,21 @@ impl Default for Sender {
 }
 
 impl Sender {
+    /// Goes on with records that an earlier life left elsewhere: all of `oldest..next` are spilled.
+    ///
+    /// # Panics
+    ///
+    /// When there are fewer than none.
+    #[must_use]
+    pub fn recover(oldest: u64, next: u64, finished: Option<Finished>) -> Self {
+        assert!(oldest <= next, "a range of records");
+        let mut sender = Self { oldest, sent: oldest, spilled: next - oldest, ..Self::default() };
+        if let Some(finished) = finished {
+            sender.finish(finished);
+        }
+        sender
+    }
+
     /// Holds the next record.
     ///
     /// # Panics
@@ -107,14 +140,21 @@ impl Sender {
     pub fn push(&mut self, sealed: Sealed) {
         assert_eq!(sealed.record.seq, self.next(), "records are numbered densely");
         assert!(self.finished.is_none(), "FINISHED is the last record");
-        self.cost += sealed.record.cost();
-        self.held.push_back(sealed);
+        let newest = usize::from(self.spilled > 0);
+        self.cost[newest] += sealed.record.cost();
+        if newest == 0 { self.held.push_back(sealed) } else { self.tail.push_back(sealed) }
     }
 
     /// Adds the end. It is sent after every record.
     pub fn finish(&mut self, finished: Finished) {
         assert_eq!(finished.next, self.next(), "FINISHED counts every record");
         self.finished = Some(finished);
+    }
+
+    /// Keeps what is in flight below `cost`, or one record, whatever window the server grants: what is in flight stays in
+    /// memory.
+    pub fn limit_window(&mut self, cost: u64) {
+        self.own_window = cost;
     }
 
     /// The lowest sequence number held.
@@ -126,13 +166,109 @@ impl Sender {
     /// The sequence number of the next record.
     #[must_use]
     pub fn next(&self) -> u64 {
+        self.held_end() + self.spilled + self.tail.len() as u64
+    }
+
+    fn held_end(&self) -> u64 {
         self.oldest + self.held.len() as u64
     }
 
-    /// What the held records cost, bytes.
+    /// What the records in memory cost, bytes.
     #[must_use]
     pub fn cost(&self) -> u64 {
-        self.cost
+        self.cost[0] + self.cost[1]
+    }
+
+    /// The end of the log, once there is one.
+    #[must_use]
+    pub fn finished(&self) -> Option<&Finished> {
+        self.finished.as_ref()
+    }
+
+    /// The records in memory from `first` on, until they come to `most` bytes of payload; at least one, if there is one.
+    #[must_use]
+    pub fn peek(&self, first: u64, most: usize) -> Vec<Sealed> {
+        let tail = self.held_end() + self.spilled;
+        let held = self.held.iter().skip(first.saturating_sub(self.oldest) as usize);
+        let tail = self.tail.iter().skip(first.saturating_sub(tail) as usize);
+        let mut payload = 0;
+        held.chain(tail)
+            .take_while(|sealed| {
+                let fits = payload == 0 || payload + sealed.record.payload.len() <= most;
+                payload += sealed.record.payload.len().max(1);
+                fits
+            })
+            .cloned()
+            .collect()
+    }
+
+    /// Drops records from memory that are kept elsewhere as well: those below `kept`, except for what is on its way to the
+    /// server and for the oldest up to a cost of `keep`. They come back through [`Self::restore`].
+    pub fn spill(&mut self, kept: u64, keep: u64) {
+        while self.spilled > 0 && self.tail.front().is_some_and(|sealed| sealed.record.seq < kept) {
+            self.cost[1] -= self.tail.pop_front().map_or(0, |sealed| sealed.record.cost());
+            self.spilled += 1;
+        }
+        if self.spilled == 0 {
+            self.part(kept, keep);
+        }
+        while kept >= self.held_end() && self.held_end() > self.sent && self.cost[0] > keep {
+            self.cost[0] -= self.held.pop_back().map_or(0, |sealed| sealed.record.cost());
+            self.spilled += 1;
+        }
+        self.close_gap();
+    }
+
+    /// Makes the records from `kept` on the tail, if any before them can be dropped.
+    fn part(&mut self, kept: u64, keep: u64) {
+        let at = kept.saturating_sub(self.oldest).min(self.held.len() as u64) as usize;
+        let newer: u64 = self.held.range(at..).map(|sealed| sealed.record.cost()).sum();
+        if kept > self.sent && self.cost[0] - newer > keep {
+            self.tail = self.held.split_off(at);
+            self.cost = [self.cost[0] - newer, newer];
+        }
+    }
+
+    /// The number of the first record that is not in memory.
+    #[must_use]
+    pub fn spilled(&self) -> Option<u64> {
+        (self.spilled > 0).then(|| self.held_end())
+    }
+
+    /// What the oldest records in memory cost, up to the first that is not there, bytes.
+    #[must_use]
+    pub fn held_cost(&self) -> u64 {
+        self.cost[0]
+    }
+
+    /// Takes a record back. One that is not the first of those that were spilled is not needed any more.
+    pub fn restore(&mut self, sealed: Sealed) {
+        if self.spilled() != Some(sealed.record.seq) {
+            return;
+        }
+        self.cost[0] += sealed.record.cost();
+        self.held.push_back(sealed);
+        self.spilled -= 1;
+        self.close_gap();
+    }
+
+    fn close_gap(&mut self) {
+        if self.spilled == 0 {
+            self.held.append(&mut self.tail);
+            self.cost = [self.cost[0] + self.cost[1], 0];
+        }
+    }
+
+    /// The spilled records below `next` cannot be had back: nobody has them any more. Possible once everything before
+    /// them is acknowledged; the next hello then says what is missing. Says whether it was.
+    pub fn lose(&mut self, next: u64) -> bool {
+        let possible = self.held.is_empty() && self.spilled > 0;
+        if possible {
+            self.forget_below(next.min(self.oldest + self.spilled));
+            self.sent = self.sent.max(self.oldest);
+            self.reached = self.reached.max(self.oldest);
+        }
+        possible
     }
 
     /// Whether the server has accepted FINISHED.
@@ -156,6 +292,8 @@ impl Sender {
 
     /// The connection is gone, and with it everything that was not acknowledged.
     pub fn handle_disconnected(&mut self) {
+        self.sent = self.oldest;
+        self.in_flight = 0;
         if !self.is_done() {
             self.phase = Phase::Offline;
         }
@@ -236,24 +374,34 @@ impl Sender {
 
     /// Drops what is durable and says what it cost.
     fn forget_below(&mut self, next: u64) -> u64 {
+        let mut freed = self.forget_held(next);
+        let elsewhere = self.spilled.min(next.saturating_sub(self.oldest));
+        self.spilled -= elsewhere;
+        self.oldest += elsewhere;
+        self.close_gap();
+        freed += self.forget_held(next);
+        freed
+    }
+
+    fn forget_held(&mut self, next: u64) -> u64 {
         let mut freed = 0;
         while self.oldest < next {
             let Some(sealed) = self.held.pop_front() else { break };
             freed += sealed.record.cost();
             self.oldest += 1;
         }
-        self.cost -= freed;
+        self.cost[0] -= freed;
         freed
     }
 
     /// What to send next; `None` until a frame, a record or a connection arrives.
     pub fn poll_transmit(&mut self) -> Option<Outgoing> {
-        let Phase::Streaming { finished_sent } = &mut self.phase else { return None };
-        if self.sent < self.oldest + self.held.len() as u64 {
+        let Phase::Streaming { finished_sent } = self.phase else { return None };
+        if self.sent < self.held_end() {
             return self.next_batch();
         }
-        let finished = self.finished.as_ref().filter(|_| !*finished_sent)?;
-        *finished_sent = true;
+        let finished = self.finished.as_ref().filter(|_| !finished_sent && self.sent == self.next())?;
+        self.phase = Phase::Streaming { finished_sent: true };
         Some(Outgoing::Frame(AgentFrame::Finished(finished.clone())))
     }
 
@@ -263,7 +411,7 @@ impl Sender {
         let mut payload = 0;
         let mut count = 0;
         for Sealed { record, .. } in self.held.range(start..).take(MAX_RECORDS) {
-            let fits_window = self.in_flight == 0 || self.in_flight + record.cost() <= self.window;
+            let fits_window = self.in_flight == 0 || self.in_flight + record.cost() <= self.window.min(self.own_window);
             let fits_message = count == 0 || payload + record.payload.len() <= GATHER;
             if !(fits_window && fits_message) {
                 break;
@@ -370,6 +518,84 @@ mod tests {
         sent(&mut sender);
         sender.handle_frame(ServerFrame::FinishedAck(FinishedAck::Resume(1))).unwrap();
         assert_eq!(sent(&mut sender), [1, 2, FINISHED]);
+    }
+
+    #[test]
+    fn what_is_spilled_comes_back_in_its_place() {
+        let mut sender = streaming(8, 0);
+        sender.limit_window(2 * record(0, 10).record.cost());
+        let cost = record(0, 10).record.cost();
+        sender.spill(6, 3 * cost);
+        assert_eq!((sender.spilled(), sender.held_cost(), sender.cost()), (Some(3), 3 * cost, 5 * cost));
+        assert_eq!((sender.next(), sent(&mut sender)), (8, vec![0, 1]));
+        sender.push(record(8, 10));
+        assert_eq!(sender.peek(6, 1000).iter().map(|sealed| sealed.record.seq).collect::<Vec<_>>(), [6, 7, 8]);
+        sender.handle_frame(ack(2)).unwrap();
+        sender.restore(record(4, 10));
+        sender.restore(record(3, 10));
+        assert_eq!((sender.spilled(), sent(&mut sender)), (Some(4), vec![2, 3]));
+        sender.handle_disconnected();
+        sender.handle_connected();
+        sender.handle_frame(welcome(3)).unwrap();
+        sender.handle_frame(ack(4)).unwrap();
+        assert_eq!(sent(&mut sender), [0u64; 0], "record 4 is elsewhere");
+        (4..6).for_each(|seq| sender.restore(record(seq, 10)));
+        assert_eq!((sender.spilled(), sent(&mut sender)), (None, vec![4, 5]));
+        assert_eq!((sender.held_cost(), sender.cost()), (5 * cost, 5 * cost));
+    }
+
+    #[test]
+    fn what_the_server_has_of_the_spilled_is_forgotten() {
+        let mut sender = streaming(8, 0);
+        sender.spill(6, 0);
+        sender.handle_disconnected();
+        sender.handle_connected();
+        assert_eq!(sender.spilled(), Some(0));
+        sender.handle_frame(welcome(4)).unwrap();
+        assert_eq!((sender.oldest(), sender.spilled(), sender.next()), (4, Some(4), 8));
+        sender.handle_frame(ack(4)).unwrap();
+        sender.handle_disconnected();
+        sender.handle_connected();
+        sender.handle_frame(welcome(7)).unwrap();
+        assert_eq!((sender.oldest(), sender.spilled(), sent(&mut sender)), (7, None, vec![7]));
+    }
+
+    #[test]
+    fn what_is_in_flight_stays_in_memory() {
+        let mut sender = streaming(8, 0);
+        assert_eq!(sent(&mut sender).len(), 8);
+        sender.spill(8, 0);
+        assert_eq!((sender.spilled(), sender.oldest()), (None, 0));
+        sender.handle_disconnected();
+        sender.spill(8, 0);
+        assert_eq!((sender.spilled(), sender.cost()), (Some(0), 0));
+    }
+
+    #[test]
+    fn what_an_earlier_life_left_is_sent_once_it_is_there() {
+        let finished = finished(5);
+        let mut sender = Sender::recover(3, 5, Some(finished.clone()));
+        sender.handle_connected();
+        sender.handle_frame(welcome(3)).unwrap();
+        assert!(sender.poll_transmit().is_none());
+        sender.restore(record(3, 10));
+        sender.restore(record(4, 10));
+        assert_eq!((sent(&mut sender), sender.finished()), (vec![3, 4, FINISHED], Some(&finished)));
+    }
+
+    #[test]
+    fn what_cannot_be_had_back_is_left_out_at_the_next_hello() {
+        let mut sender = streaming(6, 0);
+        sender.spill(4, 2 * record(0, 10).record.cost());
+        assert!(!sender.lose(4), "two are still to be delivered");
+        assert_eq!(sent(&mut sender), [0, 1]);
+        sender.handle_frame(ack(2)).unwrap();
+        assert!(sender.lose(4));
+        assert_eq!((sender.oldest(), sender.next(), sender.spilled()), (4, 6, None));
+        sender.handle_disconnected();
+        sender.handle_connected();
+        sender.handle_frame(welcome(4)).unwrap();
+        assert_eq!(sent(&mut sender), [4, 5]);
     }
 
     #[test]
