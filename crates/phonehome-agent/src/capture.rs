@@ -4,20 +4,10 @@
 //! when blocks come in quick succession the next read waits a moment, so that line-sized writes gather in the pipe
 //! instead of costing a message each. A lone line never waits.
 
-use std::{
-    io,
-    os::fd::AsFd,
-    sync::Arc,
-    time::{Duration, SystemTime, UNIX_EPOCH},
-};
+use std::{io, os::fd::AsFd, time::Duration};
 
 use bytes::{BufMut, BytesMut};
-use phonehome_proto::{
-    codec::binary::{HEADROOM, seal},
-    frame::{End, Finished, Stream, UnixMicros},
-    limits::MAX_PAYLOAD,
-    tally::Tally,
-};
+use phonehome_proto::{codec::binary::HEADROOM, frame::Stream, limits::MAX_PAYLOAD};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::{net::unix::pipe::Receiver, sync::watch, time::Instant};
 use tracing::warn;
@@ -25,20 +15,17 @@ use tracing::warn;
 use crate::{
     command::{PIPE_SIZE, Pipes},
     console::{Copier, STALLED},
-    outbox::Outbox,
+    recorder::Recorder,
 };
 
 /// Reads both pipes to their ends.
 pub(crate) struct Capture {
     pipes: [Option<Receiver>; 2],
-    outbox: Arc<Outbox>,
+    recorder: Recorder,
     copier: Option<Copier>,
     /// When output was last seen, for heartbeats.
     last_output: watch::Sender<Instant>,
     waivers: watch::Receiver<Waivers>,
-    tally: Tally,
-    /// Whether output was read that is in no record. None follows it.
-    cut: bool,
     /// Which stream is looked at first.
     turns: [Stream; 2],
     /// What may still be read from each pipe once nobody is left to fill it, bytes.
@@ -59,12 +46,10 @@ pub(crate) struct Waivers {
 }
 
 /// What has been read, for FINISHED.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Captured {
-    pub(crate) tally: Tally,
+    pub(crate) recorder: Recorder,
     pub(crate) copier: Option<Copier>,
-    /// Whether output is missing: there must be no FINISHED then.
-    pub(crate) cut: bool,
 }
 
 /// Blocks closer together than this are a burst.
@@ -79,7 +64,7 @@ const MIN_READ: usize = 4 * 1024;
 impl Capture {
     pub(crate) fn new(
         pipes: Pipes,
-        outbox: Arc<Outbox>,
+        recorder: Recorder,
         copier: Option<Copier>,
         last_output: watch::Sender<Instant>,
         waivers: watch::Receiver<Waivers>,
@@ -87,12 +72,10 @@ impl Capture {
         let pipes = [Some(pipes.stdout), pipes.stderr];
         Self {
             pipes,
-            outbox,
+            recorder,
             copier,
             last_output,
             waivers,
-            tally: Tally::default(),
-            cut: false,
             turns: [Stream::Stdout, Stream::Stderr],
             rest: [PIPE_SIZE; 2],
         }
@@ -101,20 +84,20 @@ impl Capture {
     /// Runs until both pipes are at their ends, or until nothing is left that the [`Waivers`] let it wait for.
     pub(crate) async fn run(mut self) -> Captured {
         let mut buffer = BytesMut::new();
-        while self.pipes.iter().any(Option::is_some) && !(self.cut && self.copier.is_none()) {
+        while self.pipes.iter().any(Option::is_some) {
             let Some(stream) = self.readable().await else {
                 tell_held_open();
                 break;
             };
-            let keep = !self.cut && self.room().await;
-            let Some(full) = self.read(stream, &mut buffer, keep).await else { continue };
+            self.room().await;
+            let Some(full) = self.read(stream, &mut buffer).await else { continue };
             let now = Instant::now();
             let burst = now.duration_since(self.last_output.send_replace(now)) < BURST;
             if burst && !full {
                 tokio::time::sleep(PAUSE).await;
             }
         }
-        Captured { tally: self.tally, copier: self.copier, cut: self.cut }
+        Captured { recorder: self.recorder, copier: self.copier }
     }
 
     /// Waits for a pipe with something to read, or at its end. `None` when the pipes are empty and need not be waited
@@ -125,7 +108,7 @@ impl Capture {
             if writers_waived && !self.holds_bytes() {
                 return None;
             }
-            let Self { pipes, waivers, turns, .. } = &mut *self;
+            let Self { pipes, waivers, turns, recorder, .. } = &mut *self;
             let [first, second] = *turns;
             tokio::select! {
                 biased; // the stream that was not read last goes first: neither can starve the other
@@ -134,6 +117,7 @@ impl Capture {
                     return Some(first);
                 }
                 () = readable(pipe(pipes, second)) => return Some(second),
+                () = recorder.drained() => {}
                 () = waived(waivers, |waivers| waivers.writers), if !writers_waived => {}
             }
         }
@@ -147,17 +131,20 @@ impl Capture {
         })
     }
 
-    /// Waits until one more record fits. Says whether it does.
-    async fn room(&mut self) -> bool {
-        tokio::select! {
-            biased;
-            () = self.outbox.room() => true,
-            () = waived(&mut self.waivers, |waivers| waivers.room) => false,
+    /// Waits until the recorder takes one more block.
+    async fn room(&mut self) {
+        let is_late = tokio::select! {
+            biased; // as long as there is room, time does not matter
+            () = self.recorder.ready() => false,
+            () = waived(&mut self.waivers, |waivers| waivers.room) => true,
+        };
+        if is_late {
+            self.recorder.hurry();
         }
     }
 
     /// Reads one block and passes it on. Says whether as much came as there was room for; `None` when nothing came.
-    async fn read(&mut self, stream: Stream, buffer: &mut BytesMut, keep: bool) -> Option<bool> {
+    async fn read(&mut self, stream: Stream, buffer: &mut BytesMut) -> Option<bool> {
         let at = usize::from(stream.number());
         let draining = self.waivers.borrow().writers;
         let room = prepare(buffer).min(if draining { self.rest[at] } else { usize::MAX });
@@ -170,7 +157,7 @@ impl Capture {
             }
             Ok(count) => {
                 self.rest[at] -= if draining { count } else { 0 };
-                self.pass_on(stream, buffer.split(), keep).await;
+                self.pass_on(stream, buffer.split()).await;
                 return Some(count == room);
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
@@ -182,17 +169,8 @@ impl Capture {
         None
     }
 
-    async fn pass_on(&mut self, stream: Stream, mut block: BytesMut, keep: bool) {
-        let payload = if keep {
-            let sealed = seal(block, self.tally.next(), now_micros(), stream, self.tally.offset(stream));
-            self.tally.add(&sealed.record);
-            let payload = sealed.record.payload.clone();
-            self.outbox.push(sealed);
-            payload
-        } else {
-            self.cut = true;
-            block.split_off(HEADROOM).freeze()
-        };
+    async fn pass_on(&mut self, stream: Stream, block: BytesMut) {
+        let payload = self.recorder.record(stream, block);
         let Some(copier) = &self.copier else { return };
         let copied = tokio::select! {
             biased;
@@ -247,36 +225,20 @@ fn prepare(buffer: &mut BytesMut) -> usize {
     (buffer.capacity() - HEADROOM).min(MAX_PAYLOAD)
 }
 
-impl Captured {
-    /// The last record of the attempt.
-    pub(crate) fn finished(&self, end: End) -> Finished {
-        Finished {
-            next: self.tally.next(),
-            counts: self.tally.counts(),
-            digest: self.tally.digest(),
-            end,
-            time: now_micros(),
-            usage: None,
-        }
-    }
-}
-
-/// The wall clock; 0 for a clock before 1970.
-pub(crate) fn now_micros() -> UnixMicros {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |age| age.as_micros() as UnixMicros)
-}
-
 #[cfg(test)]
 mod tests {
-    use phonehome_proto::{
-        codec::binary::decode_agent,
-        frame::{AgentFrame, Durable, ServerFrame, Welcome},
-        limits::WINDOW,
-        sender::Outgoing,
-    };
+    use std::sync::Arc;
+
+    use phonehome_env::Env;
+    use phonehome_proto::frame::End;
     use tokio::io::AsyncWriteExt;
 
     use super::*;
+    use crate::{
+        config::{OnOffline, Overflow},
+        outbox::Outbox,
+        recorder::Policy,
+    };
 
     #[tokio::test]
     async fn every_byte_of_both_pipes_becomes_a_record() {
@@ -290,10 +252,9 @@ mod tests {
         stderr.write_all(b"e").await.unwrap();
         drop((stdout, stderr));
         let captured = capture.await.unwrap();
-        let counts = captured.tally.counts();
+        let counts = captured.recorder.tally().counts();
         assert_eq!((counts.stdout.bytes, counts.stderr.bytes), (text.len() as u64, 1));
         assert_eq!(outbox.with(|sender| sender.next()), counts.records());
-        assert!(!captured.cut);
     }
 
     #[tokio::test]
@@ -319,7 +280,7 @@ mod tests {
         let (_waive, waivers) = watch::channel(Waivers { writers: true, ..Waivers::default() });
         let outbox = Arc::new(Outbox::new(8 << 20));
         let captured = capture(out, Some(err), &outbox, waivers).run().await;
-        assert_eq!(captured.tally.counts().stdout.bytes, 10);
+        assert_eq!(captured.recorder.tally().counts().stdout.bytes, 10);
     }
 
     #[tokio::test]
@@ -332,24 +293,23 @@ mod tests {
             tokio::task::yield_now().await;
         }
         let captured = tokio::time::timeout(PATIENCE, capture(out, None, &outbox, waivers).run()).await.unwrap();
-        assert!((1..=PIPE_SIZE as u64).contains(&captured.tally.counts().stdout.bytes));
+        assert!((1..=PIPE_SIZE as u64).contains(&captured.recorder.tally().counts().stdout.bytes));
         writer.await.unwrap();
     }
 
     #[tokio::test]
-    async fn a_full_outbox_cuts_it_only_when_time_is_up_and_only_if_something_is_lost() {
-        for (text, cut) in [(&b"more"[..], true), (b"", false)] {
-            let (mut stdout, out) = tokio::net::unix::pipe::pipe().unwrap();
-            stdout.write_all(text).await.unwrap();
-            drop(stdout);
-            let (waive, waivers) = watch::channel(Waivers::default());
-            let outbox = Arc::new(Outbox::new(0));
-            let mut capture = tokio::spawn(capture(out, None, &outbox, waivers).run());
-            assert!(tokio::time::timeout(Duration::from_millis(50), &mut capture).await.is_err());
-            waive.send_modify(|waivers| waivers.room = true);
-            let captured = tokio::time::timeout(PATIENCE, capture).await.unwrap().unwrap();
-            assert_eq!((captured.cut, captured.tally.next()), (cut, 0));
-        }
+    async fn a_full_outbox_holds_it_until_time_is_up() {
+        let (mut stdout, out) = tokio::net::unix::pipe::pipe().unwrap();
+        stdout.write_all(b"more").await.unwrap();
+        drop(stdout);
+        let (waive, waivers) = watch::channel(Waivers::default());
+        let outbox = Arc::new(Outbox::new(0));
+        let mut capture = tokio::spawn(capture(out, None, &outbox, waivers).run());
+        assert!(tokio::time::timeout(Duration::from_millis(50), &mut capture).await.is_err());
+        waive.send_modify(|waivers| waivers.room = true);
+        let captured = tokio::time::timeout(PATIENCE, capture).await.unwrap().unwrap();
+        captured.recorder.finish(End::Exited(0));
+        assert_eq!(outbox.look(|sender| sender.finished().unwrap().counts.stdout.bytes), 4);
     }
 
     const PATIENCE: Duration = Duration::from_secs(20);
@@ -361,30 +321,8 @@ mod tests {
 
     /// Of the first two records.
     fn first_streams(outbox: &Outbox) -> Vec<Stream> {
-        let welcome = Welcome {
-            attempt: 1,
-            next: 0,
-            durable: Durable::Memory,
-            window: WINDOW,
-            heartbeat: 0,
-            max_payload: 0,
-            max_message: 0,
-            cancel: None,
-            server: String::new(),
-            capabilities: Vec::new(),
-        };
-        outbox.with(|sender| {
-            sender.handle_connected();
-            sender.handle_frame(ServerFrame::Welcome(welcome)).unwrap();
-            let sent = [sender.poll_transmit(), sender.poll_transmit()].into_iter().flatten();
-            let frames = sent.map(|outgoing| match outgoing {
-                Outgoing::Message(message) => decode_agent(&message).unwrap(),
-                Outgoing::Frame(frame) => frame,
-            });
-            let records =
-                frames.filter_map(|frame| if let AgentFrame::Records(records) = frame { Some(records) } else { None });
-            records.flatten().take(2).map(|record| record.stream).collect()
-        })
+        let first = outbox.look(|sender| sender.peek(0, 2 * MAX_PAYLOAD));
+        first.iter().take(2).map(|sealed| sealed.record.stream).collect()
     }
 
     fn capture(
@@ -394,6 +332,9 @@ mod tests {
         waivers: watch::Receiver<Waivers>,
     ) -> Capture {
         let (last_output, _) = watch::channel(Instant::now());
-        Capture::new(Pipes { stdout, stderr }, outbox.clone(), None, last_output, waivers)
+        let policy =
+            Policy { overflow: Overflow::Block, offline_limit: None, on_offline: OnOffline::Continue, ring: 1 << 20 };
+        let recorder = Recorder::new(Env::real(), outbox.clone(), policy);
+        Capture::new(Pipes { stdout, stderr }, recorder, None, last_output, waivers)
     }
 }

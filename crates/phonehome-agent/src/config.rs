@@ -101,6 +101,38 @@ pub struct Args {
     )]
     pub spool_memory: ByteSize,
 
+    /// Directory for output that the server does not confirm in time, when memory is not enough and for the next agent
+    /// after a restart of the container. Without it there is memory only
+    #[arg(long, env = "PHONEHOME_SPOOL_DIR", value_name = "PATH", help_heading = "Delivery")]
+    pub spool_dir: Option<PathBuf>,
+
+    /// Most bytes in that directory
+    #[arg(long, env = "PHONEHOME_SPOOL_LIMIT", value_name = "SIZE", default_value = "1GiB", help_heading = "Delivery")]
+    pub spool_limit: ByteSize,
+
+    /// When all of that is full: block the command, so that nothing is lost, or drop the middle of the output and say how
+    /// much
+    #[arg(long, env = "PHONEHOME_OVERFLOW", value_name = "POLICY", default_value = "block", help_heading = "Delivery")]
+    pub overflow: Overflow,
+
+    /// How long the server may confirm nothing before --on-offline applies; off for no limit
+    #[arg(long, env = "PHONEHOME_OFFLINE_LIMIT", value_name = "TIME", default_value = "10m", value_parser = limit, help_heading = "Delivery")]
+    pub offline_limit: Limit,
+
+    /// After that: continue, no longer waiting for room, or stop the command
+    #[arg(
+        long,
+        env = "PHONEHOME_ON_OFFLINE",
+        value_name = "WHAT",
+        default_value = "continue",
+        help_heading = "Delivery"
+    )]
+    pub on_offline: OnOffline,
+
+    /// Exit with 125 when the server has not accepted the complete log. Otherwise delivery never changes the exit code
+    #[arg(long, env = "PHONEHOME_REQUIRE_DELIVERY", value_parser = clap::builder::FalseyValueParser::new(), help_heading = "Delivery")]
+    pub require_delivery: bool,
+
     /// Form of the agent's own log, on standard error
     #[arg(long, env = "PHONEHOME_LOG_FORMAT", value_name = "FORMAT", default_value = "text", help_heading = "Own log")]
     pub log_format: Format,
@@ -134,6 +166,14 @@ fn duration(text: &str) -> Result<Duration, String> {
     if duration > MAX_DURATION { Err("more than 10 years".into()) } else { Ok(duration) }
 }
 
+/// A time limit, or none.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limit(pub Option<Duration>);
+
+fn limit(text: &str) -> Result<Limit, String> {
+    if text == "off" { Ok(Limit(None)) } else { duration(text).map(|limit| Limit(Some(limit))) }
+}
+
 /// Longest duration that an option takes: ten years.
 const MAX_DURATION: Duration = Duration::from_secs(10 * 366 * 24 * 60 * 60);
 
@@ -153,6 +193,24 @@ pub enum Start {
     Now,
     /// When the server has welcomed this agent.
     Connected,
+}
+
+/// What becomes of output for which there is no room.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Overflow {
+    /// It stays in the pipe, and the command waits.
+    Block,
+    /// The middle is left out and counted; the beginning and the newest output stay.
+    Drop,
+}
+
+/// What to do when the server has been out of reach for too long.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum OnOffline {
+    /// Let the command go on, dropping output if need be.
+    Continue,
+    /// End the command.
+    Stop,
 }
 
 /// Least severity of a line in the agent's own log.
@@ -196,8 +254,27 @@ pub struct Config {
     pub linger: Duration,
     /// Whether to wait for the server before the command starts.
     pub start: Start,
-    /// Most bytes held that the server has not confirmed.
-    pub spool_memory: u64,
+    /// What becomes of output that the server has not confirmed.
+    pub spool: SpoolConfig,
+    /// Whether a log that was not delivered complete is a failure.
+    pub require_delivery: bool,
+}
+
+/// What becomes of output that the server has not confirmed.
+#[derive(Debug, Clone)]
+pub struct SpoolConfig {
+    /// Most bytes held in memory.
+    pub memory: u64,
+    /// Directory for more.
+    pub dir: Option<PathBuf>,
+    /// Most bytes there.
+    pub limit: u64,
+    /// What happens when that is full.
+    pub overflow: Overflow,
+    /// How long nothing may be confirmed; `None` for no limit.
+    pub offline_limit: Option<Duration>,
+    /// What happens then.
+    pub on_offline: OnOffline,
 }
 
 /// The server to phone and who calls.
@@ -371,18 +448,38 @@ impl Config {
     ///
     /// With the first thing that is wrong, and what to do about it.
     pub fn try_from_args(args: Args, proxy: &ProxySettings) -> Result<Self, ConfigError> {
-        let spool_memory = args.spool_memory.as_u64();
-        if spool_memory < MIN_SPOOL {
-            return Err(ConfigError::SmallSpool(args.spool_memory));
+        let spool = SpoolConfig::try_from_args(&args)?;
+        if args.require_delivery && args.url.is_none() {
+            return Err(ConfigError::NowhereToDeliver);
         }
         Ok(Self {
             tee: args.tee == Switch::On,
             merge: args.merge,
             linger: args.linger,
             start: args.start,
-            spool_memory,
+            spool,
+            require_delivery: args.require_delivery,
             command: args.command.clone(),
             home: args.url.as_deref().map(|url| Home::try_from_args(url, &args, proxy)).transpose()?,
+        })
+    }
+}
+
+impl SpoolConfig {
+    fn try_from_args(args: &Args) -> Result<Self, ConfigError> {
+        if args.spool_memory.as_u64() < MIN_MEMORY {
+            return Err(ConfigError::SmallMemory(args.spool_memory));
+        }
+        if args.spool_limit.as_u64() < MIN_DISK {
+            return Err(ConfigError::SmallSpool(args.spool_limit));
+        }
+        Ok(Self {
+            memory: args.spool_memory.as_u64(),
+            dir: args.spool_dir.clone(),
+            limit: args.spool_limit.as_u64(),
+            overflow: args.overflow,
+            offline_limit: args.offline_limit.0,
+            on_offline: args.on_offline,
         })
     }
 }
@@ -466,8 +563,14 @@ pub enum ConfigError {
     /// An address, but nothing to say who calls.
     #[error("--url needs --build (or PHONEHOME_BUILD) to say which build this is")]
     NoBuild,
-    /// Not even one record would fit.
-    #[error("--spool-memory {0} is too small, use 128KiB or more")]
+    /// A delivery is required, and there is no server.
+    #[error("--require-delivery needs --url (or PHONEHOME_URL)")]
+    NowhereToDeliver,
+    /// Hardly a record would fit.
+    #[error("--spool-memory {0} is too small, use 256KiB or more")]
+    SmallMemory(ByteSize),
+    /// Hardly anything would fit.
+    #[error("--spool-limit {0} is too small, use 1MiB or more")]
     SmallSpool(ByteSize),
     /// A file that an option names.
     #[error("cannot read {}", path.display())]
@@ -479,9 +582,12 @@ pub enum ConfigError {
     },
 }
 
-/// Smallest spool, bytes: room for a full record on its way and one being read.
-const MIN_SPOOL: u64 = 128 * 1024;
-const _: () = assert!(MIN_SPOOL > MIN_WINDOW);
+/// Smallest memory, bytes: room for a full record on its way, one on its way to the disk and one being read.
+const MIN_MEMORY: u64 = 256 * 1024;
+const _: () = assert!(MIN_MEMORY > 3 * MIN_WINDOW);
+
+/// Smallest directory, bytes.
+const MIN_DISK: u64 = 1024 * 1024;
 
 #[cfg(test)]
 mod tests {

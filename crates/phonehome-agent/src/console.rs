@@ -8,6 +8,7 @@ use std::{
 };
 
 use bytes::Bytes;
+use phonehome_env::descriptor::write_all;
 use phonehome_proto::frame::Stream;
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
@@ -108,21 +109,6 @@ impl Console {
         })?;
         Ok(Copier { blocks, progress })
     }
-}
-
-/// Writes all of `block`, also to a descriptor that somebody else made non-blocking.
-fn write_all(stream: BorrowedFd<'_>, mut block: &[u8]) -> io::Result<()> {
-    while !block.is_empty() {
-        match rustix::io::write(stream, block) {
-            Ok(count) => block = &block[count..],
-            Err(Errno::INTR) => {}
-            Err(Errno::AGAIN) => {
-                poll(&mut [PollFd::from_borrowed_fd(stream, PollFlags::OUT)], None)?;
-            }
-            Err(errno) => return Err(errno.into()),
-        }
-    }
-    Ok(())
 }
 
 impl State {

@@ -13,6 +13,14 @@ pub enum Failure {
     /// `--start connected`, and the server does not want this build.
     #[error("the command was not started: {0}")]
     Refused(String),
+    /// `--require-delivery`, and the server does not have the complete log.
+    #[error("the command ended with exit code {code}, but its log was not delivered: {why}")]
+    Undelivered {
+        /// What the command ended with.
+        code: u8,
+        /// What is in the way.
+        why: String,
+    },
     /// The system refused something the agent needs: a pipe, a signal handler, a thread.
     #[error("cannot set up the supervision of the command")]
     System(#[from] io::Error),
@@ -35,7 +43,7 @@ impl Failure {
     #[must_use]
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::Config(_) | Self::Refused(_) | Self::System(_) => EXIT_FAILURE,
+            Self::Config(_) | Self::Refused(_) | Self::System(_) | Self::Undelivered { .. } => EXIT_FAILURE,
         }
     }
 }

@@ -8,9 +8,13 @@ mod command;
 pub mod config;
 pub mod console;
 pub mod failure;
+pub mod line;
 pub mod log;
 mod outbox;
+pub mod recorder;
 mod run;
+mod spool;
 mod uplink;
 
 pub use run::run;
+pub use uplink::Delivery;

@@ -2,26 +2,26 @@
 
 use std::{io, sync::Arc, time::Duration};
 
-use phonehome_proto::{
-    frame::{Cancel, CommandState, End},
-    id::ProducerId,
-};
+use phonehome_env::Env;
+use phonehome_proto::frame::{Cancel, CommandState, End};
 use rustix::process::Signal;
 use tokio::{
     sync::{mpsc, watch},
     task::JoinHandle,
-    time::{Instant, sleep_until},
+    time::Instant,
 };
-use tracing::{debug, error, info, warn};
+use tracing::{error, info, warn};
 
 use crate::{
     capture::{Capture, Captured, Waivers},
     command::{self, Caught, Command, Output, Pipes, Signals},
-    config::{Config, Home, Start},
+    config::{Config, Home, OnOffline, SpoolConfig, Start},
     console::{Console, Copier},
     failure::{EXIT_TERMINATED, Failure},
-    outbox::Outbox,
-    uplink::{Delivery, Dialler, Identity, Uplink},
+    line::Line,
+    outbox::{Outbox, expiry},
+    recorder::Recorder,
+    uplink::Delivery,
 };
 
 /// Between TERM and KILL for the command's process group, unless a cancel says otherwise.
@@ -72,10 +72,10 @@ async fn unobserved(config: &Config, signals: Signals) -> u8 {
 
 async fn observed(config: Config, home: Home, mut signals: Signals, console: &Console) -> Result<u8, Failure> {
     let (output, pipes) = command::pipes(config.merge)?;
-    let mut line = Line::open(home, config.spool_memory)?;
+    let (mut line, recorder) = Line::open(&Env::real(), home, &config.spool).await?;
     let admission = match config.start {
         Start::Now => Admission::Granted,
-        Start::Connected => line.wait_for_welcome(&mut signals).await?,
+        Start::Connected => wait_for_welcome(&mut line, &mut signals).await?,
     };
     let command = match admission {
         Admission::Granted => Command::spawn(&config.command, output),
@@ -85,9 +85,10 @@ async fn observed(config: Config, home: Home, mut signals: Signals, console: &Co
     let (end, captured, mut stay) = match command {
         Ok(command) => {
             line.command.send_replace(CommandState::Running);
-            let capture = line.capture(pipes, config.tee.then(|| console.spawn_copier()).transpose()?);
+            let capture = capture(&line, recorder, pipes, config.tee.then(|| console.spawn_copier()).transpose()?);
             let cancels = line.cancels.take().expect("taken once");
             let mut supervisor = Supervisor::new(command, signals, cancels);
+            supervisor.patience = Patience::of(&config.spool, line.outbox());
             let end = supervisor.ended().await;
             info!(code = end.code(), "the command ended");
             line.command.send_replace(CommandState::Ended);
@@ -97,22 +98,24 @@ async fn observed(config: Config, home: Home, mut signals: Signals, console: &Co
         }
         Err(end) => {
             tell_not_started(&end);
-            (end, Captured::default(), Linger { deadline: Instant::now() + config.linger, hurry: None, signals })
+            let deadline = Instant::now() + config.linger;
+            (end, Captured { recorder, copier: None }, Linger { deadline, hurry: None, signals })
         }
     };
     let code = end.code();
-    if captured.cut {
-        warn!("the command's last output was cut off: there was no room for it within --linger");
-    } else {
-        line.outbox.finish(captured.finished(end));
-        stay.leave(config.linger.min(HURRY));
-    }
+    captured.recorder.finish(end);
+    stay.leave(config.linger.min(HURRY));
     stay.until(Some(stay.deadline), line.delivered()).await;
-    line.tell_undelivered();
+    let delivery = line.close().await;
     if let Some(copier) = captured.copier {
         stay.until(None, copier.finish()).await;
     }
-    Ok(code)
+    match delivery {
+        Some(Delivery::Complete) => Ok(code),
+        _ if !config.require_delivery => Ok(code),
+        Some(Delivery::Incomplete(why) | Delivery::Refused(why)) => Err(Failure::Undelivered { code, why }),
+        None => Err(Failure::Undelivered { code, why: "the server has not confirmed it in time".into() }),
+    }
 }
 
 /// Says on the agent's own log that nothing ran, and what to exit with.
@@ -132,97 +135,41 @@ enum Admission {
     Terminated,
 }
 
-/// The connection home, seen from the command's side.
-struct Line {
-    outbox: Arc<Outbox>,
-    uplink: JoinHandle<Delivery>,
-    welcomed: watch::Receiver<bool>,
-    command: watch::Sender<CommandState>,
-    cancels: Option<mpsc::Receiver<Cancel>>,
-    last_output: watch::Sender<Instant>,
-}
-
-impl Line {
-    fn open(home: Home, spool_memory: u64) -> Result<Self, Failure> {
-        let mut producer = [0; 16];
-        getrandom::fill(&mut producer).map_err(|error| io::Error::other(error.to_string()))?;
-        let outbox = Arc::new(Outbox::new(spool_memory));
-        let (welcomed_tx, welcomed) = watch::channel(false);
-        let (cancels_tx, cancels) = mpsc::channel(1);
-        let (command, command_rx) = watch::channel(CommandState::Waiting);
-        let (last_output, last_output_rx) = watch::channel(Instant::now());
-        let uplink = Uplink {
-            dialler: Dialler::new(home.address, home.token, home.trust),
-            identity: Identity { build: home.build, step: home.step, producer: ProducerId(producer) },
-            outbox: outbox.clone(),
-            welcomed: welcomed_tx,
-            cancels: cancels_tx,
-            command: command_rx,
-            last_output: last_output_rx,
-        };
-        let uplink = tokio::spawn(uplink.run());
-        Ok(Self { outbox, uplink, welcomed, command, cancels: Some(cancels), last_output })
-    }
-
-    /// `--start connected`.
-    async fn wait_for_welcome(&mut self, signals: &mut Signals) -> Result<Admission, Failure> {
-        let mut welcomed = self.welcomed.clone();
-        loop {
-            tokio::select! {
-                _ = welcomed.wait_for(|welcomed| *welcomed) => return self.welcomed_or_refused().await,
-                caught = signals.next() => if let Caught::Other(Signal::TERM | Signal::INT) = caught {
-                    info!("told to end before the command was started");
-                    return Ok(Admission::Terminated);
-                },
-            }
-        }
-    }
-
-    async fn welcomed_or_refused(&mut self) -> Result<Admission, Failure> {
-        if *self.welcomed.borrow() {
-            return Ok(self.cancelled().map_or(Admission::Granted, Admission::Cancelled));
-        }
-        match (&mut self.uplink).await {
-            Ok(Delivery::Refused(reason)) => Err(Failure::Refused(reason)),
-            Ok(Delivery::Complete | Delivery::Incomplete(_)) | Err(_) => Ok(Admission::Granted),
-        }
-    }
-
-    /// The end of a command that was cancelled before its start. A cancel in the welcome is here before the welcome is.
-    fn cancelled(&mut self) -> Option<End> {
-        self.cancels.as_mut()?.try_recv().ok()?;
-        Some(End::NotStarted { code: EXIT_TERMINATED, reason: "cancelled before it was started".into() })
-    }
-
-    fn capture(&self, pipes: Pipes, copier: Option<Copier>) -> Capturing {
-        let (waivers, waivers_rx) = watch::channel(Waivers::default());
-        let capture = Capture::new(pipes, self.outbox.clone(), copier, self.last_output.clone(), waivers_rx);
-        Capturing { task: tokio::spawn(capture.run()), waivers }
-    }
-
-    /// Says what is left when there is no time left.
-    fn tell_undelivered(&self) {
-        if !self.uplink.is_finished() {
-            let records = self.outbox.with(|sender| sender.next() - sender.oldest());
-            warn!(records, "the server has not confirmed the end of the log within --linger");
-        }
-    }
-
-    /// Waits until the server has accepted the end, and says so when it has not.
-    async fn delivered(&mut self) {
-        match (&mut self.uplink).await {
-            Ok(Delivery::Complete) => debug!("the server has the complete log"),
-            Ok(Delivery::Incomplete(reason)) => warn!("the server has the log, but it is incomplete: {reason}"),
-            Ok(Delivery::Refused(_)) => {} // said when it happened
-            Err(panicked) => error!("delivery failed: {panicked}"),
+/// `--start connected`.
+async fn wait_for_welcome(line: &mut Line, signals: &mut Signals) -> Result<Admission, Failure> {
+    let mut welcomed = line.welcomed.clone();
+    loop {
+        tokio::select! {
+            _ = welcomed.wait_for(|welcomed| *welcomed) => return welcomed_or_refused(line).await,
+            caught = signals.next() => if let Caught::Other(Signal::TERM | Signal::INT) = caught {
+                info!("told to end before the command was started");
+                return Ok(Admission::Terminated);
+            },
         }
     }
 }
 
-impl Drop for Line {
-    fn drop(&mut self) {
-        self.uplink.abort();
+async fn welcomed_or_refused(line: &mut Line) -> Result<Admission, Failure> {
+    if *line.welcomed.borrow() {
+        return Ok(cancelled(line).map_or(Admission::Granted, Admission::Cancelled));
     }
+    line.delivered().await;
+    match line.delivery() {
+        Some(Delivery::Refused(reason)) => Err(Failure::Refused(reason.clone())),
+        Some(Delivery::Complete | Delivery::Incomplete(_)) | None => Ok(Admission::Granted),
+    }
+}
+
+/// The end of a command that was cancelled before its start. A cancel in the welcome is here before the welcome is.
+fn cancelled(line: &mut Line) -> Option<End> {
+    line.cancels.as_mut()?.try_recv().ok()?;
+    Some(End::NotStarted { code: EXIT_TERMINATED, reason: "cancelled before it was started".into() })
+}
+
+fn capture(line: &Line, recorder: Recorder, pipes: Pipes, copier: Option<Copier>) -> Capturing {
+    let (waivers, waivers_rx) = watch::channel(Waivers::default());
+    let capture = Capture::new(pipes, recorder, copier, line.last_output.clone(), waivers_rx);
+    Capturing { task: tokio::spawn(capture.run()), waivers }
 }
 
 /// A capture that runs, and the way to end it early.
@@ -237,9 +184,32 @@ struct Supervisor {
     signals: Signals,
     cancels: Option<mpsc::Receiver<Cancel>>,
     plan: Plan,
+    patience: Option<Patience>,
     give_up: bool,
     /// When to be gone, after TERM or INT when the command had ended: they are meant for what is left of the agent's stay.
     hurry: Option<Instant>,
+}
+
+/// `--on-offline stop`: how long the server may be out of reach.
+#[derive(Debug, Clone)]
+struct Patience {
+    outbox: Arc<Outbox>,
+    limit: Duration,
+}
+
+impl Patience {
+    fn of(config: &SpoolConfig, outbox: &Arc<Outbox>) -> Option<Self> {
+        let limit = config.offline_limit.filter(|_| config.on_offline == OnOffline::Stop)?;
+        Some(Self { outbox: outbox.clone(), limit })
+    }
+
+    /// Never completes without a limit.
+    async fn ended(patience: Option<&Self>) {
+        match patience {
+            Some(Self { outbox, limit }) => outbox.offline(*limit).await,
+            None => std::future::pending().await,
+        }
+    }
 }
 
 /// What happens next to the process group, and when.
@@ -262,7 +232,15 @@ impl Plan {
 
 impl Supervisor {
     fn new(command: Command, signals: Signals, cancels: mpsc::Receiver<Cancel>) -> Self {
-        Self { command, signals, cancels: Some(cancels), plan: Plan::Nothing, give_up: false, hurry: None }
+        Self {
+            command,
+            signals,
+            cancels: Some(cancels),
+            plan: Plan::Nothing,
+            patience: None,
+            give_up: false,
+            hurry: None,
+        }
     }
 
     /// Waits for the command itself to end.
@@ -311,6 +289,11 @@ impl Supervisor {
                 None => self.cancels = None,
             },
             () = expiry(self.plan.at()) => self.handle_plan(),
+            () = Patience::ended(self.patience.as_ref()) => {
+                self.patience = None;
+                warn!("the server has been out of reach for --offline-limit; ending the command");
+                self.terminate(GRACE);
+            }
         }
     }
 
@@ -364,14 +347,6 @@ impl Supervisor {
 async fn recv(cancels: &mut Option<mpsc::Receiver<Cancel>>) -> Option<Cancel> {
     match cancels {
         Some(cancels) => cancels.recv().await,
-        None => std::future::pending().await,
-    }
-}
-
-/// Pending for ever without a deadline.
-async fn expiry(at: Option<Instant>) {
-    match at {
-        Some(at) => sleep_until(at).await,
         None => std::future::pending().await,
     }
 }

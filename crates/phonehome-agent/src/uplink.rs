@@ -5,15 +5,16 @@ mod socket;
 #[cfg(feature = "tls")]
 mod tls;
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
+use phonehome_env::Env;
 use phonehome_proto::{
-    backoff::Backoff,
+    backoff::{Backoff, Tried},
     close,
     frame::{AgentFrame, Cancel, CommandState, Hello, Pong, ServerFrame},
     heartbeat::{Beat, Heartbeat},
     id::{BuildId, ProducerId, StepName},
-    sender::{Order, Outgoing, ServerViolation},
+    sender::{Order, Outgoing, Sender, ServerViolation},
 };
 use tokio::{
     sync::{mpsc, watch},
@@ -23,13 +24,16 @@ use tracing::{debug, info, warn};
 
 pub(crate) use self::dial::Dialler;
 use self::socket::{Incoming, Socket, SocketError};
-use crate::outbox::Outbox;
+use crate::{outbox::Outbox, spool::Left};
 
-/// Delivers an outbox to the server, for as long as that takes.
+/// Delivers outboxes to the server, for as long as that takes.
 pub(crate) struct Uplink {
+    pub(crate) env: Env,
     pub(crate) dialler: Dialler,
     pub(crate) identity: Identity,
     pub(crate) outbox: Arc<Outbox>,
+    /// What earlier agents of this step left: delivered first.
+    pub(crate) left: Vec<Left>,
     /// Whether the server has ever welcomed this agent.
     pub(crate) welcomed: watch::Sender<bool>,
     pub(crate) cancels: mpsc::Sender<Cancel>,
@@ -38,22 +42,59 @@ pub(crate) struct Uplink {
 }
 
 /// Who calls.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Identity {
     pub(crate) build: BuildId,
     pub(crate) step: StepName,
     pub(crate) producer: ProducerId,
 }
 
+impl Identity {
+    /// What the first frame of a connection says, or of a spool.
+    pub(crate) fn hello(&self, oldest: u64, next: u64) -> Hello {
+        Hello {
+            build: self.build.clone(),
+            step: self.step.clone(),
+            producer: self.producer,
+            oldest,
+            next,
+            labels: BTreeMap::new(),
+            agent: concat!("phonehome-agent/", env!("CARGO_PKG_VERSION")).into(),
+            capabilities: Vec::new(),
+        }
+    }
+}
+
 /// How a delivery ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Delivery {
+pub enum Delivery {
     /// Every byte is where it belongs.
     Complete,
     /// The server accepted the end and says what is missing.
     Incomplete(String),
     /// The server does not want this log, and trying again would not change that.
     Refused(String),
+}
+
+/// One attempt's records and whose they are.
+struct Parcel {
+    identity: Identity,
+    outbox: Arc<Outbox>,
+    /// Whether an earlier agent left it. Then it may have no end: all of its records are all there is.
+    is_left: bool,
+}
+
+impl Parcel {
+    fn hello(&self) -> AgentFrame {
+        let (oldest, next) = self.outbox.look(|sender| (sender.oldest(), sender.next()));
+        AgentFrame::Hello(self.identity.hello(oldest, next))
+    }
+
+    fn is_delivered(&self) -> bool {
+        let is_all =
+            |sender: &Sender| sender.is_welcomed() && sender.finished().is_none() && sender.oldest() == sender.next();
+        self.is_left && self.outbox.look(is_all)
+    }
 }
 
 /// Why one connection ended.
@@ -67,6 +108,8 @@ enum Hangup {
     Draining,
     #[error(transparent)]
     Socket(#[from] SocketError),
+    #[error("records of the spool are lost, the server has to hear of it")]
+    Stale,
     #[error("the server broke the protocol")]
     Violation(#[from] ServerViolation),
 }
@@ -77,7 +120,8 @@ impl Hangup {
         match self {
             Self::Closed(code, _, was_welcomed) => !close::may_return(*code, *was_welcomed),
             Self::Socket(SocketError::Encode(_)) | Self::Violation(_) => true, // the next connection would be no better
-            Self::Dead | Self::Draining | Self::Socket(SocketError::Decode(_) | SocketError::Transport(_)) => false,
+            Self::Dead | Self::Draining | Self::Stale => false,
+            Self::Socket(SocketError::Decode(_) | SocketError::Transport(_)) => false,
         }
     }
 }
@@ -86,81 +130,88 @@ impl Hangup {
 const FAREWELL: Duration = Duration::from_secs(2);
 
 impl Uplink {
-    /// Connects again and again until the log is delivered or refused.
+    /// Connects again and again until everything is delivered or refused.
     pub(crate) async fn run(mut self) -> Delivery {
+        for left in std::mem::take(&mut self.left) {
+            let identity = Identity { producer: left.producer, ..self.identity.clone() };
+            let parcel = Parcel { identity, outbox: left.outbox, is_left: true };
+            match self.deliver(&parcel).await {
+                Delivery::Complete => info!("what an earlier agent left is delivered"),
+                Delivery::Incomplete(reason) => warn!("the log of an earlier agent is incomplete: {reason}"),
+                Delivery::Refused(reason) => {
+                    warn!("the server refuses what an earlier agent left, it stays where it is: {reason}");
+                    left.spooling.leave().await;
+                    continue;
+                }
+            }
+            parcel.outbox.abandon(); // nobody needs it any more
+            left.spooling.leave().await;
+        }
+        let parcel = Parcel { identity: self.identity.clone(), outbox: self.outbox.clone(), is_left: false };
+        let delivery = self.deliver(&parcel).await;
+        if let Delivery::Refused(reason) = &delivery {
+            warn!("the server refuses this log, the command goes on with local output only: {reason}");
+            self.outbox.abandon();
+        }
+        delivery
+    }
+
+    async fn deliver(&mut self, parcel: &Parcel) -> Delivery {
         let mut backoff = Backoff::default();
         loop {
-            let before = self.outbox.with(|sender| sender.oldest());
-            let floor = match self.dialler.dial().await {
+            let before = parcel.outbox.look(Sender::oldest);
+            let (tried, floor) = match self.dialler.dial().await {
                 Ok(socket) => {
                     backoff.handle_connected(Instant::now().into_std());
-                    match self.talk(socket).await {
+                    match self.talk(parcel, socket).await {
                         Ok(delivery) => return delivery,
-                        Err(hangup) if hangup.is_fatal() => return self.refused(&hangup),
+                        Err(hangup) if hangup.is_fatal() => return refused(&hangup),
                         Err(hangup) => info!("disconnected: {:#}", anyhow::Error::from(hangup)),
                     }
-                    Duration::ZERO
+                    let progressed = parcel.outbox.look(Sender::oldest) > before;
+                    (if progressed { Tried::Progressed } else { Tried::TurnedAway }, Duration::ZERO)
                 }
-                Err(failure) if failure.is_fatal() => return self.refused(&failure),
+                Err(failure) if failure.is_fatal() => return refused(&failure),
                 Err(failure) => {
+                    let tried = if failure.is_unanswered() { Tried::Unreachable } else { Tried::TurnedAway };
                     let floor = failure.retry_after();
                     info!("cannot connect: {:#}", anyhow::Error::from(failure));
-                    floor
+                    (tried, floor)
                 }
             };
-            let progressed = self.outbox.with(|sender| sender.oldest()) > before;
-            let delay = backoff.handle_disconnected(Instant::now().into_std(), progressed, random(), floor);
+            let delay = backoff.handle_disconnected(Instant::now().into_std(), tried, self.env.jitter(), floor);
             debug!(?delay, "dialling again");
             sleep(delay).await;
         }
     }
 
-    fn refused(&self, why: &(dyn std::error::Error + 'static)) -> Delivery {
-        let mut reason = why.to_string();
-        let mut source = why.source();
-        while let Some(cause) = source {
-            reason = format!("{reason}: {cause}");
-            source = cause.source();
-        }
-        warn!("the server refuses this log, the command goes on with local output only: {reason}");
-        self.outbox.abandon();
-        Delivery::Refused(reason)
-    }
-
     /// One connection, from hello to its end.
-    async fn talk(&mut self, mut socket: Socket) -> Result<Delivery, Hangup> {
-        socket.queue(&self.hello())?;
-        self.outbox.with(phonehome_proto::sender::Sender::handle_connected);
-        let result = self.stream(&mut socket).await;
-        self.outbox.with(phonehome_proto::sender::Sender::handle_disconnected);
+    async fn talk(&mut self, parcel: &Parcel, mut socket: Socket) -> Result<Delivery, Hangup> {
+        parcel.outbox.take_stale();
+        socket.queue(&parcel.hello())?;
+        parcel.outbox.with(Sender::handle_connected);
+        let result = self.stream(parcel, &mut socket).await;
+        parcel.outbox.with(Sender::handle_disconnected);
         if result.is_ok() {
             drop(timeout(FAREWELL, socket.close()).await); // delivered already: a lost farewell changes nothing
         }
         result
     }
 
-    fn hello(&self) -> AgentFrame {
-        let (oldest, next) = self.outbox.with(|sender| (sender.oldest(), sender.next()));
-        AgentFrame::Hello(Hello {
-            build: self.identity.build.clone(),
-            step: self.identity.step.clone(),
-            producer: self.identity.producer,
-            oldest,
-            next,
-            labels: std::collections::BTreeMap::new(),
-            agent: concat!("phonehome-agent/", env!("CARGO_PKG_VERSION")).into(),
-            capabilities: Vec::new(),
-        })
-    }
-
-    async fn stream(&mut self, socket: &mut Socket) -> Result<Delivery, Hangup> {
+    async fn stream(&mut self, parcel: &Parcel, socket: &mut Socket) -> Result<Delivery, Hangup> {
         let mut heartbeat = Heartbeat::listening(Instant::now().into_std());
         loop {
-            self.fill(socket)?;
+            if parcel.is_delivered() {
+                return Ok(Delivery::Complete);
+            }
+            if parcel.outbox.take_stale() {
+                return Err(Hangup::Stale);
+            }
+            fill(&parcel.outbox, socket)?;
             let incoming = tokio::select! {
                 biased; // what the server says may change what is worth sending
                 incoming = socket.next() => incoming?,
-                () = self.outbox.filled(), if !socket.is_busy() => continue,
+                () = parcel.outbox.filled(), if !socket.is_busy() => continue,
                 () = sleep_until(heartbeat.poll_timeout().into()) => {
                     if heartbeat.handle_timeout(Instant::now().into_std()) == Beat::Dead {
                         return Err(Hangup::Dead);
@@ -172,11 +223,11 @@ impl Uplink {
             match incoming {
                 Incoming::Writable | Incoming::Alive => {}
                 Incoming::Closed(code, reason) => {
-                    let was_welcomed = self.outbox.with(|sender| sender.is_welcomed());
+                    let was_welcomed = parcel.outbox.look(Sender::is_welcomed);
                     return Err(Hangup::Closed(code, reason, was_welcomed));
                 }
                 Incoming::Frame(frame) => {
-                    if let Some(delivery) = self.handle_frame(frame, socket)? {
+                    if let Some(delivery) = self.handle_frame(parcel, frame, socket)? {
                         return Ok(delivery);
                     }
                 }
@@ -184,30 +235,22 @@ impl Uplink {
         }
     }
 
-    /// Gives the socket its next message when it has none.
-    fn fill(&self, socket: &mut Socket) -> Result<(), Hangup> {
-        if socket.is_busy() {
-            return Ok(());
-        }
-        match self.outbox.with(phonehome_proto::sender::Sender::poll_transmit) {
-            Some(Outgoing::Message(message)) => socket.queue_message(message),
-            Some(Outgoing::Frame(frame)) => socket.queue(&frame)?,
-            None => {}
-        }
-        Ok(())
-    }
-
-    fn handle_frame(&mut self, frame: ServerFrame, socket: &mut Socket) -> Result<Option<Delivery>, Hangup> {
-        match self.outbox.with(|sender| sender.handle_frame(frame))? {
+    fn handle_frame(
+        &mut self,
+        parcel: &Parcel,
+        frame: ServerFrame,
+        socket: &mut Socket,
+    ) -> Result<Option<Delivery>, Hangup> {
+        match parcel.outbox.with(|sender| sender.handle_frame(frame))? {
             Order::Cancel(cancel) => self.cancel(cancel),
             Order::Delivered(None) => return Ok(Some(Delivery::Complete)),
             Order::Delivered(Some(reason)) => return Ok(Some(Delivery::Incomplete(reason))),
             Order::Drain(_) => return Err(Hangup::Draining),
             Order::Nothing => {}
-            Order::Pong(id) => socket.queue(&self.pong(id))?,
+            Order::Pong(id) => socket.queue(&self.pong(id, &parcel.outbox))?,
             Order::Welcome(welcome) => {
                 info!(attempt = welcome.attempt, next = welcome.next, "connected");
-                self.welcomed.send_replace(true);
+                self.welcomed.send_replace(!parcel.is_left || *self.welcomed.borrow());
                 if let Some(cancel) = welcome.cancel {
                     self.cancel(cancel);
                 }
@@ -221,17 +264,34 @@ impl Uplink {
         drop(self.cancels.try_send(cancel)); // a queued one says the same
     }
 
-    fn pong(&self, id: u64) -> AgentFrame {
+    fn pong(&self, id: u64, outbox: &Outbox) -> AgentFrame {
         let command = *self.command.borrow();
         let quiet = self.last_output.borrow().elapsed().as_millis() as u64;
-        AgentFrame::Pong(Pong { id, command, quiet, held: self.outbox.with(|sender| sender.cost()) })
+        AgentFrame::Pong(Pong { id, command, quiet, held: outbox.look(Sender::cost) })
     }
 }
 
-/// Evenly from 0..1. Without a source of randomness the delay is just not spread.
-fn random() -> f64 {
-    let bits = getrandom::u32().unwrap_or(u32::MAX / 2);
-    f64::from(bits) / f64::from(u32::MAX)
+/// Gives the socket its next message when it has none.
+fn fill(outbox: &Outbox, socket: &mut Socket) -> Result<(), Hangup> {
+    if socket.is_busy() {
+        return Ok(());
+    }
+    match outbox.with(Sender::poll_transmit) {
+        Some(Outgoing::Message(message)) => socket.queue_message(message),
+        Some(Outgoing::Frame(frame)) => socket.queue(&frame)?,
+        None => {}
+    }
+    Ok(())
+}
+
+fn refused(why: &(dyn std::error::Error + 'static)) -> Delivery {
+    let mut reason = why.to_string();
+    let mut source = why.source();
+    while let Some(cause) = source {
+        reason = format!("{reason}: {cause}");
+        source = cause.source();
+    }
+    Delivery::Refused(reason)
 }
 
 #[cfg(test)]

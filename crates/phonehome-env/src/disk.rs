@@ -9,7 +9,11 @@ use std::{
     path::Path,
 };
 
-use rustix::{fs::OFlags, process::geteuid};
+use rustix::{
+    fs::{FlockOperation, OFlags, flock},
+    io::Errno,
+    process::geteuid,
+};
 
 use crate::fault;
 
@@ -152,6 +156,13 @@ pub trait File: fmt::Debug + Send + Sync {
     ///
     /// When the disk fails.
     fn sync(&self) -> io::Result<()>;
+
+    /// Takes the file for this process until it is closed, unless another process has it. Says whether it did (flock(2)).
+    ///
+    /// # Errors
+    ///
+    /// When the file system has no locks.
+    fn lock(&self) -> io::Result<bool>;
 }
 
 impl dyn File + '_ {
@@ -343,6 +354,14 @@ impl File for RealFile {
     fn sync(&self) -> io::Result<()> {
         self.name.point("sync")?;
         self.file.sync_data()
+    }
+
+    fn lock(&self) -> io::Result<bool> {
+        match flock(&self.file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(true),
+            Err(Errno::WOULDBLOCK) => Ok(false),
+            Err(errno) => Err(errno.into()),
+        }
     }
 }
 

@@ -10,6 +10,8 @@ use crate::frame::Stream;
 pub enum Event {
     /// Bytes of a stream that were written by the command and will never arrive.
     Gap(Gap),
+    /// An earlier agent of this step died, and this one has delivered what it left.
+    TookOver(TookOver),
 }
 
 /// What is missing, and why.
@@ -21,6 +23,15 @@ pub struct Gap {
     pub bytes: u64,
     /// Why, in a word or a sentence.
     pub cause: String,
+}
+
+/// What an earlier agent left in its spool.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TookOver {
+    /// Records that the server had not confirmed.
+    pub records: u64,
+    /// Whether its command had ended, so that nothing is missing. Otherwise its last output may be.
+    pub finished: bool,
 }
 
 impl Event {
@@ -51,5 +62,12 @@ mod tests {
         assert_eq!(gap.payload(), br#"{"event":"gap","stream":"stdout","bytes":7,"cause":"spool-full"}"#);
         assert_eq!(Event::parse(&gap.payload()), Some(gap));
         assert_eq!(Event::parse(br#"{"event":"born"}"#), None);
+    }
+
+    #[test]
+    fn a_take_over_is_frozen_as_json() {
+        let took_over = Event::TookOver(TookOver { records: 3, finished: false });
+        assert_eq!(took_over.payload(), br#"{"event":"took-over","records":3,"finished":false}"#);
+        assert_eq!(Event::parse(&took_over.payload()), Some(took_over));
     }
 }

@@ -45,6 +45,9 @@ pub const BACKOFF_MIN: Duration = Duration::from_millis(250);
 /// Longest upper bound of that delay.
 pub const BACKOFF_MAX: Duration = Duration::from_secs(10);
 
+/// Longest upper bound while nobody answers at all.
+pub const BACKOFF_UNREACHABLE: Duration = Duration::from_secs(2);
+
 /// A connection that lasted this long was healthy: the next delay starts from [`BACKOFF_MIN`] again.
 pub const HEALTHY_AFTER: Duration = Duration::from_secs(3);
 

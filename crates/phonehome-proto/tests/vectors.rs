@@ -167,6 +167,7 @@ fn the_document_has_the_limits_of_the_code() {
         ("ACK_DELAY", millis(limits::ACK_DELAY)),
         ("BACKOFF_MAX", millis(limits::BACKOFF_MAX)),
         ("BACKOFF_MIN", millis(limits::BACKOFF_MIN)),
+        ("BACKOFF_UNREACHABLE", millis(limits::BACKOFF_UNREACHABLE)),
         ("DEAD_AFTER", millis(limits::DEAD_AFTER)),
         ("HEALTHY_AFTER", millis(limits::HEALTHY_AFTER)),
         ("HEARTBEAT", millis(limits::HEARTBEAT)),

@@ -10,19 +10,20 @@ use http::{
     HeaderValue, Request, StatusCode,
     header::{AUTHORIZATION, RETRY_AFTER, SEC_WEBSOCKET_PROTOCOL},
 };
+use phonehome_env::{Env, network::Transport, websocket};
 use phonehome_proto::codec::Codec;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpStream,
     time::timeout,
 };
 use tokio_tungstenite::tungstenite::{self, client::IntoClientRequest};
 
-use super::socket::{Socket, Transport, websocket_config};
+use super::socket::{READ_BUFFER, Socket};
 use crate::config::{Address, Proxy, Secret, Trust};
 
 /// Opens connections to one server.
 pub(crate) struct Dialler {
+    env: Env,
     address: Address,
     token: Option<Secret>,
     #[cfg(feature = "tls")]
@@ -73,6 +74,16 @@ impl DialError {
         }
     }
 
+    /// Whether nobody answered at all.
+    pub(super) fn is_unanswered(&self) -> bool {
+        match self {
+            Self::TimedOut | Self::Unreachable(..) => true,
+            #[cfg(feature = "tls")]
+            Self::Identity(_) => false,
+            Self::Proxy(_) | Self::Status(..) | Self::Upgrade(_) => false,
+        }
+    }
+
     /// How long the server wants to be left alone.
     pub(super) fn retry_after(&self) -> Duration {
         match self {
@@ -86,10 +97,11 @@ impl DialError {
 
 impl Dialler {
     /// Nothing is read or connected before the first [`Self::dial`].
-    pub(crate) fn new(address: Address, token: Option<Secret>, trust: Trust) -> Self {
+    pub(crate) fn new(env: Env, address: Address, token: Option<Secret>, trust: Trust) -> Self {
         #[cfg(not(feature = "tls"))]
         drop(trust);
         Self {
+            env,
             address,
             token,
             #[cfg(feature = "tls")]
@@ -103,30 +115,30 @@ impl Dialler {
 
     async fn connect(&mut self) -> Result<Socket, DialError> {
         let tcp = match &self.address.proxy {
-            Some(proxy) => through_proxy(proxy, &self.address).await?,
-            None => tcp(&self.address.host, self.address.port).await?,
+            Some(proxy) => self.through_proxy(proxy).await?,
+            None => self.tcp(&self.address.host, self.address.port).await?,
         };
         let stream = self.encrypt(tcp).await?;
         self.upgrade(stream).await
     }
 
     #[cfg(feature = "tls")]
-    async fn encrypt(&mut self, tcp: TcpStream) -> Result<Box<dyn Transport>, DialError> {
+    async fn encrypt(&mut self, tcp: Box<dyn Transport>) -> Result<Box<dyn Transport>, DialError> {
         if !self.address.tls {
-            return Ok(Box::new(tcp));
+            return Ok(tcp);
         }
         Ok(Box::new(self.tls.connect(&self.address.host, tcp).await.map_err(DialError::Identity)?))
     }
 
     #[cfg(not(feature = "tls"))]
     #[expect(clippy::unused_async, reason = "the same signature as with TLS")]
-    async fn encrypt(&mut self, tcp: TcpStream) -> Result<Box<dyn Transport>, DialError> {
-        Ok(Box::new(tcp))
+    async fn encrypt(&mut self, tcp: Box<dyn Transport>) -> Result<Box<dyn Transport>, DialError> {
+        Ok(tcp)
     }
 
     async fn upgrade(&self, stream: Box<dyn Transport>) -> Result<Socket, DialError> {
         let request = self.request().map_err(|error| DialError::Upgrade(Box::new(error)))?;
-        match tokio_tungstenite::client_async_with_config(request, stream, Some(websocket_config())).await {
+        match tokio_tungstenite::client_async_with_config(request, stream, Some(websocket::config(READ_BUFFER))).await {
             Ok((stream, _)) => Ok(Socket::new(stream)),
             Err(tungstenite::Error::Http(response)) => Err(refusal(&response)),
             Err(error) => Err(DialError::Upgrade(Box::new(error))),
@@ -144,34 +156,32 @@ impl Dialler {
         }
         Ok(request)
     }
-}
 
-async fn tcp(host: &str, port: u16) -> Result<TcpStream, DialError> {
-    let unreachable = |error| DialError::Unreachable(format!("{host}:{port}"), error);
-    let stream = TcpStream::connect((host, port)).await.map_err(unreachable)?;
-    stream.set_nodelay(true).map_err(unreachable)?;
-    Ok(stream)
-}
-
-/// HTTP CONNECT (RFC 9110, section 9.3.6).
-async fn through_proxy(proxy: &Proxy, target: &Address) -> Result<TcpStream, DialError> {
-    let mut stream = tcp(&proxy.host, proxy.port).await?;
-    let broken = |error| DialError::Unreachable(format!("{}:{}", proxy.host, proxy.port), error);
-    stream.write_all(connect_request(proxy, target).as_bytes()).await.map_err(broken)?;
-    let mut answer = Vec::new();
-    while !answer.ends_with(b"\r\n\r\n") {
-        // One byte at a time: what follows the answer belongs to TLS.
-        answer.push(stream.read_u8().await.map_err(broken)?);
-        if answer.len() > MAX_PROXY_ANSWER {
-            return Err(DialError::Proxy("its answer is too long".into()));
-        }
+    async fn tcp(&self, host: &str, port: u16) -> Result<Box<dyn Transport>, DialError> {
+        let unreachable = |error| DialError::Unreachable(format!("{host}:{port}"), error);
+        self.env.network.connect(host, port).await.map_err(unreachable)
     }
-    let answer = String::from_utf8_lossy(&answer);
-    let status = answer.lines().next().unwrap_or_default();
-    if status.split(' ').nth(1).is_some_and(|code| code.starts_with('2')) {
-        Ok(stream)
-    } else {
-        Err(DialError::Proxy(printable(status.as_bytes())))
+
+    /// HTTP CONNECT (RFC 9110, section 9.3.6).
+    async fn through_proxy(&self, proxy: &Proxy) -> Result<Box<dyn Transport>, DialError> {
+        let mut stream = self.tcp(&proxy.host, proxy.port).await?;
+        let broken = |error| DialError::Unreachable(format!("{}:{}", proxy.host, proxy.port), error);
+        stream.write_all(connect_request(proxy, &self.address).as_bytes()).await.map_err(broken)?;
+        let mut answer = Vec::new();
+        while !answer.ends_with(b"\r\n\r\n") {
+            // One byte at a time: what follows the answer belongs to TLS.
+            answer.push(stream.read_u8().await.map_err(broken)?);
+            if answer.len() > MAX_PROXY_ANSWER {
+                return Err(DialError::Proxy("its answer is too long".into()));
+            }
+        }
+        let answer = String::from_utf8_lossy(&answer);
+        let status = answer.lines().next().unwrap_or_default();
+        if status.split(' ').nth(1).is_some_and(|code| code.starts_with('2')) {
+            Ok(stream)
+        } else {
+            Err(DialError::Proxy(printable(status.as_bytes())))
+        }
     }
 }
 

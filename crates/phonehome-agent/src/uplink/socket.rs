@@ -2,25 +2,17 @@
 
 use bytes::Bytes;
 use futures_util::{Sink, SinkExt, Stream};
+use phonehome_env::network::Transport;
 use phonehome_proto::{
     codec::{Codec, DecodeError, EncodeError, Message},
     frame::{AgentFrame, ServerFrame},
-    limits::MAX_MESSAGE,
 };
 use std::{
     collections::VecDeque,
     pin::Pin,
     task::{Context, Poll},
 };
-use tokio::io::{AsyncRead, AsyncWrite};
-use tokio_tungstenite::{
-    WebSocketStream,
-    tungstenite::{self, protocol::WebSocketConfig},
-};
-
-/// A byte stream to the server: TCP, or TLS over it.
-pub(super) trait Transport: AsyncRead + AsyncWrite + Send + Unpin {}
-impl<T: AsyncRead + AsyncWrite + Send + Unpin> Transport for T {}
+use tokio_tungstenite::{WebSocketStream, tungstenite};
 
 /// The connection and what waits to be written to it.
 pub(super) struct Socket {
@@ -54,17 +46,7 @@ pub(super) enum SocketError {
 }
 
 /// Read buffer, bytes: the server says little.
-const READ_BUFFER: usize = 4 * 1024;
-
-/// The library's limits: messages are written as they come, and one message plus control frames is all that may wait.
-pub(super) fn websocket_config() -> WebSocketConfig {
-    WebSocketConfig::default()
-        .read_buffer_size(READ_BUFFER)
-        .write_buffer_size(0)
-        .max_write_buffer_size(2 * MAX_MESSAGE)
-        .max_message_size(Some(MAX_MESSAGE))
-        .max_frame_size(Some(MAX_MESSAGE))
-}
+pub(super) const READ_BUFFER: usize = 4 * 1024;
 
 impl Socket {
     pub(super) fn new(stream: WebSocketStream<Box<dyn Transport>>) -> Self {

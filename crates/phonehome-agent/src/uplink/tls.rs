@@ -2,6 +2,7 @@
 
 use std::{io, path::PathBuf, sync::Arc};
 
+use phonehome_env::network::Transport;
 use rustls::{
     CertificateError, ClientConfig, DigitallySignedStruct, OtherError, RootCertStore, SignatureScheme,
     client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
@@ -10,7 +11,6 @@ use rustls::{
     server::ParsedCertificate,
 };
 use sha2::{Digest, Sha256};
-use tokio::net::TcpStream;
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
 use crate::config::Trust;
@@ -70,7 +70,11 @@ impl Connector {
         Self { trust, ready: None }
     }
 
-    pub(super) async fn connect(&mut self, host: &str, tcp: TcpStream) -> Result<TlsStream<TcpStream>, TlsError> {
+    pub(super) async fn connect(
+        &mut self,
+        host: &str,
+        tcp: Box<dyn Transport>,
+    ) -> Result<TlsStream<Box<dyn Transport>>, TlsError> {
         let name = ServerName::try_from(host.to_owned()).map_err(|_| TlsError::Name(host.to_owned()))?;
         let connector = match &self.ready {
             Some(connector) => connector,

@@ -1,0 +1,356 @@
+//! From blocks of output to numbered records, and what becomes of output for which there is no room.
+//!
+//! With [`Overflow::Block`] nobody reads the command's pipes until there is room: the pipe fills, the command waits and
+//! nothing is lost. With [`Overflow::Drop`], and also when the server has been away for too long or time is up, reading
+//! goes on: what was recorded stays, the newest output is kept in a ring, and what falls out between the two is counted.
+//! A block gets its number when it leaves the ring, behind a gap record with the count, so that numbers stay dense and
+//! the gap stands where the bytes are missing.
+
+use std::{collections::VecDeque, sync::Arc, time::Duration};
+
+use bytes::{Bytes, BytesMut};
+use phonehome_env::Env;
+use phonehome_proto::{
+    codec::binary::{HEADROOM, seal},
+    event::{Event, Gap, TookOver},
+    frame::{End, Finished, Stream, UnixMicros},
+    limits::RECORD_COST,
+    tally::Tally,
+};
+use tracing::warn;
+
+use crate::{
+    config::{OnOffline, Overflow},
+    outbox::Outbox,
+};
+
+/// The account of an attempt and the way into its outbox.
+#[derive(Debug)]
+pub struct Recorder {
+    env: Env,
+    outbox: Arc<Outbox>,
+    tally: Tally,
+    policy: Policy,
+    ring: Ring,
+    out_of_time: bool,
+    /// Why output was dropped last.
+    cause: Cause,
+}
+
+/// Why there was no room.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Cause {
+    Offline,
+    OutOfTime,
+    SpoolFull,
+}
+
+impl Cause {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Offline => "offline",
+            Self::OutOfTime => "out-of-time",
+            Self::SpoolFull => "spool-full",
+        }
+    }
+}
+
+/// When output may be dropped.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Policy {
+    pub(crate) overflow: Overflow,
+    /// How long nothing may get better before a full outbox no longer holds up the command.
+    pub(crate) offline_limit: Option<Duration>,
+    pub(crate) on_offline: OnOffline,
+    /// Bytes of the newest output that are kept while older is dropped.
+    pub(crate) ring: u64,
+}
+
+/// The newest output, for which there was no room.
+#[derive(Debug, Default)]
+struct Ring {
+    blocks: VecDeque<(Stream, UnixMicros, Bytes)>,
+    cost: u64,
+    /// Bytes of standard output and standard error that fell out.
+    dropped: [u64; 2],
+}
+
+impl Recorder {
+    pub(crate) fn new(env: Env, outbox: Arc<Outbox>, policy: Policy) -> Self {
+        let (tally, ring) = (Tally::default(), Ring::default());
+        Self { env, outbox, tally, policy, ring, out_of_time: false, cause: Cause::SpoolFull }
+    }
+
+    /// Waits until a block can be taken, if need be at the cost of an older one. Cancel safe.
+    pub async fn ready(&mut self) {
+        while !self.outbox.has_room() && self.may_drop().is_none() {
+            let offline_limit = self.policy.offline_limit;
+            tokio::select! {
+                biased; // room first: with it nothing need be dropped
+                () = self.outbox.room() => {}
+                () = offline(&self.outbox, offline_limit) => {}
+            }
+        }
+        self.drain();
+    }
+
+    /// Waits until output that had no room could be recorded; for ever when there is none. Cancel safe.
+    pub(crate) async fn drained(&mut self) {
+        if self.ring.is_empty() {
+            std::future::pending::<()>().await;
+        }
+        self.outbox.room().await;
+        self.drain();
+    }
+
+    /// Waits no longer, whatever that costs: time is up.
+    pub(crate) fn hurry(&mut self) {
+        self.out_of_time = true;
+    }
+
+    /// Why output for which there is no room is dropped; `None` when the command has to wait.
+    fn may_drop(&self) -> Option<Cause> {
+        let offline = match self.policy.on_offline {
+            OnOffline::Continue => self.policy.offline_limit.is_some_and(|limit| self.outbox.is_offline(limit)),
+            OnOffline::Stop => false,
+        };
+        match self.policy.overflow {
+            _ if self.out_of_time => Some(Cause::OutOfTime),
+            Overflow::Drop => Some(Cause::SpoolFull),
+            Overflow::Block => offline.then_some(Cause::Offline),
+        }
+    }
+
+    /// Takes a block of output: [`HEADROOM`] free bytes, then what was read. Returns the latter.
+    pub fn record(&mut self, stream: Stream, block: BytesMut) -> Bytes {
+        self.drain();
+        if self.ring.is_empty() && self.outbox.has_room() {
+            return self.push(stream, self.env.nature.now(), block);
+        }
+        let payload = block.freeze().slice(HEADROOM..);
+        self.ring.push(stream, self.env.nature.now(), payload.clone());
+        let before = self.ring.dropped;
+        self.ring.trim(self.policy.ring);
+        if before == [0; 2] && self.ring.dropped != before {
+            self.cause = self.may_drop().unwrap_or(Cause::SpoolFull);
+            warn!(
+                cause = self.cause.name(),
+                "there is no room for the command's output; some of it is left out of the log"
+            );
+        }
+        payload
+    }
+
+    /// Records a fact about the build.
+    pub(crate) fn event(&mut self, event: &Event) {
+        let payload = event.payload();
+        self.push(Stream::Event, self.env.nature.now(), with_headroom(&payload));
+    }
+
+    pub(crate) fn took_over(&mut self, records: u64, finished: bool) {
+        self.event(&Event::TookOver(TookOver { records, finished }));
+    }
+
+    fn push(&mut self, stream: Stream, time: UnixMicros, block: BytesMut) -> Bytes {
+        let sealed = seal(block, self.tally.next(), time, stream, self.tally.offset(stream));
+        self.tally.add(&sealed.record);
+        let payload = sealed.record.payload.clone();
+        self.outbox.push(sealed);
+        payload
+    }
+
+    /// Records what is in the ring, as far as there is room.
+    fn drain(&mut self) {
+        while !self.ring.is_empty() && self.outbox.has_room() {
+            self.record_oldest();
+        }
+    }
+
+    fn record_oldest(&mut self) {
+        for (stream, bytes) in self.ring.take_dropped() {
+            let cause = self.cause.name().to_owned();
+            self.event(&Event::Gap(Gap { stream, bytes, cause }));
+        }
+        if let Some((stream, time, payload)) = self.ring.pop() {
+            self.push(stream, time, with_headroom(&payload));
+        }
+    }
+
+    /// Ends the log. What the ring holds is recorded, beyond the limit if need be: it is in memory in any case.
+    pub fn finish(mut self, end: End) {
+        while !self.ring.is_empty() {
+            self.record_oldest();
+        }
+        self.outbox.finish(Finished {
+            next: self.tally.next(),
+            counts: self.tally.counts(),
+            digest: self.tally.digest(),
+            end,
+            time: self.env.nature.now(),
+            usage: None,
+        });
+    }
+
+    /// The account so far.
+    pub fn tally(&self) -> &Tally {
+        &self.tally
+    }
+}
+
+async fn offline(outbox: &Outbox, limit: Option<Duration>) {
+    match limit {
+        Some(limit) if !outbox.is_offline(limit) => outbox.offline(limit).await,
+        Some(_) | None => std::future::pending().await,
+    }
+}
+
+fn with_headroom(payload: &[u8]) -> BytesMut {
+    let mut block = BytesMut::zeroed(HEADROOM + payload.len());
+    block[HEADROOM..].copy_from_slice(payload);
+    block
+}
+
+impl Ring {
+    fn is_empty(&self) -> bool {
+        self.blocks.is_empty()
+    }
+
+    fn push(&mut self, stream: Stream, time: UnixMicros, payload: Bytes) {
+        self.cost += cost(&payload);
+        self.blocks.push_back((stream, time, payload));
+    }
+
+    fn pop(&mut self) -> Option<(Stream, UnixMicros, Bytes)> {
+        let block = self.blocks.pop_front()?;
+        self.cost -= cost(&block.2);
+        Some(block)
+    }
+
+    /// Drops the oldest blocks until the rest costs no more than `limit`; the newest one stays.
+    fn trim(&mut self, limit: u64) {
+        while self.cost > limit && self.blocks.len() > 1 {
+            if let Some((stream, _, payload)) = self.pop() {
+                self.dropped[usize::from(stream.number()).min(1)] += payload.len() as u64;
+            }
+        }
+    }
+
+    fn take_dropped(&mut self) -> impl Iterator<Item = (Stream, u64)> + use<> {
+        let dropped = std::mem::take(&mut self.dropped);
+        [Stream::Stdout, Stream::Stderr].into_iter().zip(dropped).filter(|(_, bytes)| *bytes > 0)
+    }
+}
+
+fn cost(payload: &Bytes) -> u64 {
+    payload.len() as u64 + RECORD_COST
+}
+
+#[cfg(test)]
+mod tests {
+    use phonehome_proto::{
+        frame::{Ack, Durable, Record, ServerFrame, Welcome},
+        limits::{MAX_PAYLOAD, MAX_WINDOW},
+    };
+    use tokio::time::{advance, timeout};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn the_middle_is_left_out_and_counted_where_it_was() {
+        let outbox = Arc::new(Outbox::new(4 * BLOCK));
+        let mut recorder = recorder(&outbox, Overflow::Drop, 2 * BLOCK);
+        for number in 0..9u8 {
+            recorder.ready().await;
+            recorder.record(Stream::Stdout, block(number, MAX_PAYLOAD));
+            recorder.record(Stream::Stderr, block(100 + number, 3));
+        }
+        recorder.finish(End::Exited(0));
+        let records = records(&outbox);
+        let all: Vec<_> = (0..9u8).flat_map(|at| [(Stream::Stdout, at), (Stream::Stderr, 100 + at)]).collect();
+        let shown = |records: &[Record]| -> Vec<_> {
+            records.iter().map(|record| (record.stream, record.payload[0])).collect()
+        };
+        let head = records.iter().position(|record| record.stream == Stream::Event).unwrap();
+        assert_eq!(shown(&records[..head]), all[..head]);
+        let tail = records.len() - head - 2;
+        assert_eq!((shown(&records[head + 2..]), tail), (all[18 - tail..].to_vec(), 3));
+        let missing = &all[head..18 - tail];
+        let lost = |stream| missing.iter().filter(|(of, _)| *of == stream).count() as u64;
+        let gap = |stream, bytes| Event::Gap(Gap { stream, bytes, cause: "spool-full".into() });
+        let gaps = [
+            gap(Stream::Stdout, lost(Stream::Stdout) * MAX_PAYLOAD as u64),
+            gap(Stream::Stderr, 3 * lost(Stream::Stderr)),
+        ];
+        assert_eq!(
+            records[head..head + 2].iter().filter_map(|record| Event::parse(&record.payload)).collect::<Vec<_>>(),
+            gaps
+        );
+        let end = outbox.look(|sender| sender.finished().cloned()).unwrap();
+        assert_eq!((end.next, end.counts.records()), (records.len() as u64, records.len() as u64));
+        assert!(records.iter().enumerate().all(|(at, record)| record.seq == at as u64 && record.is_intact()));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_blocked_command_goes_on_once_the_server_was_away_for_too_long() {
+        for (on_offline, goes_on) in [(OnOffline::Continue, true), (OnOffline::Stop, false)] {
+            let outbox = Arc::new(Outbox::new(BLOCK));
+            let mut recorder = recorder(&outbox, Overflow::Block, BLOCK);
+            recorder.policy.on_offline = on_offline;
+            recorder.record(Stream::Stdout, block(0, MAX_PAYLOAD));
+            assert!(timeout(LIMIT / 2, recorder.ready()).await.is_err());
+            assert_eq!(timeout(LIMIT, recorder.ready()).await.is_ok(), goes_on, "{on_offline:?}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_waits_in_the_ring_is_recorded_as_soon_as_there_is_room() {
+        let outbox = Arc::new(Outbox::new(BLOCK));
+        let mut recorder = recorder(&outbox, Overflow::Drop, BLOCK);
+        (0..3).for_each(|number| drop(recorder.record(Stream::Stdout, block(number, MAX_PAYLOAD))));
+        advance(LIMIT).await;
+        assert!(timeout(LIMIT, recorder.drained()).await.is_err());
+        deliver(&outbox);
+        recorder.drained().await;
+        let rest: Vec<_> = records(&outbox).iter().map(|record| (record.seq, record.stream)).collect();
+        assert_eq!(rest, [(1, Stream::Event), (2, Stream::Stdout)]);
+    }
+
+    const BLOCK: u64 = MAX_PAYLOAD as u64 + RECORD_COST;
+    const LIMIT: Duration = Duration::from_secs(60);
+
+    fn recorder(outbox: &Arc<Outbox>, overflow: Overflow, ring: u64) -> Recorder {
+        let policy = Policy { overflow, offline_limit: Some(LIMIT), on_offline: OnOffline::Continue, ring };
+        Recorder::new(Env::real(), outbox.clone(), policy)
+    }
+
+    fn block(first: u8, len: usize) -> BytesMut {
+        with_headroom(&vec![first; len])
+    }
+
+    fn records(outbox: &Outbox) -> Vec<Record> {
+        let sealed = outbox.look(|sender| sender.peek(sender.oldest(), usize::MAX));
+        sealed.into_iter().map(|sealed| sealed.record).collect()
+    }
+
+    /// Plays a server that takes everything.
+    fn deliver(outbox: &Outbox) {
+        let welcome = Welcome {
+            attempt: 1,
+            next: 0,
+            durable: Durable::Memory,
+            window: MAX_WINDOW,
+            heartbeat: 0,
+            max_payload: 0,
+            max_message: 0,
+            cancel: None,
+            server: String::new(),
+            capabilities: Vec::new(),
+        };
+        outbox.with(|sender| {
+            sender.handle_connected();
+            sender.handle_frame(ServerFrame::Welcome(welcome)).unwrap();
+            while sender.poll_transmit().is_some() {}
+            sender.handle_frame(ServerFrame::Ack(Ack { next: sender.next(), window: MAX_WINDOW })).unwrap();
+        });
+    }
+}
