@@ -3,29 +3,30 @@
 pub(crate) mod state;
 
 use std::{
-    collections::HashMap,
+    collections::BTreeMap,
     io,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
 use phonehome_proto::{
     attempts::Lease,
     close::CloseCode,
-    frame::{Cancel, End, FinishedAck, Hello, Record},
+    frame::{Cancel, End, Finished, FinishedAck, Hello, Record},
     id::{Attempt, BuildId, StepName},
 };
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 use tokio::{
     sync::{Notify, watch},
-    time::{Instant, sleep_until},
+    time::{Instant, sleep, sleep_until, timeout},
 };
 use tokio_util::sync::CancellationToken;
-use tracing::{error, info};
+use tracing::{error, info, warn};
 
 use self::state::{Action, Life};
 pub use self::state::{Clock, Clocks, Outcome, Verdict};
-use crate::store::{AttemptFiles, AttemptReader, Found, OpenError, Opened, Store};
+use crate::store::{AttemptFiles, AttemptReader, Found, OpenError, Opened, Store, Surveyed};
 
 /// SHA-256 of a token: all that is kept of it.
 pub(crate) type TokenHash = [u8; 32];
@@ -36,10 +37,10 @@ pub(crate) fn hash_token(token: &str) -> TokenHash {
 
 /// Every build this server expects.
 #[derive(Debug, Default)]
-pub(crate) struct Builds(Mutex<HashMap<BuildId, Arc<Build>>>);
+pub(crate) struct Builds(Mutex<BTreeMap<BuildId, Arc<Build>>>);
 
 impl Builds {
-    fn lock(&self) -> MutexGuard<'_, HashMap<BuildId, Arc<Build>>> {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<BuildId, Arc<Build>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -77,10 +78,15 @@ pub(crate) struct Build {
     inner: Mutex<Inner>,
     /// Counts changes of the log; readers wait on it.
     changed: watch::Sender<u64>,
+    /// The verdict, once it is written down.
     verdict: watch::Sender<Option<Verdict>>,
     cancel: watch::Sender<Option<Cancel>>,
     /// Wakes the clock when a deadline may have moved.
     touched: Notify,
+    /// Whether what an earlier process left has been taken up; nobody is seated before that.
+    taken_up: watch::Sender<bool>,
+    /// Fires when somebody does not want to wait for a verdict that cannot be written down.
+    hurried: CancellationToken,
 }
 
 #[derive(Debug)]
@@ -88,9 +94,29 @@ struct Inner {
     life: Life,
     attempts: Vec<Arc<AttemptFiles>>,
     /// The connection of each step, to be told when a newer one takes over.
-    connections: HashMap<StepName, (Lease, CancellationToken)>,
+    connections: BTreeMap<StepName, (Lease, CancellationToken)>,
     /// Since when nothing could be stored.
     storage_failing: Option<Instant>,
+}
+
+impl Inner {
+    /// Adds an attempt; `false` when it is known.
+    fn note_attempt(&mut self, files: &Arc<AttemptFiles>) -> bool {
+        let is_new = !self.attempts.iter().any(|known| known.step == files.step && known.attempt == files.attempt);
+        if is_new {
+            self.attempts.push(files.clone());
+        }
+        is_new
+    }
+
+    fn newest(&self, step: &StepName) -> Option<&Arc<AttemptFiles>> {
+        self.attempts.iter().filter(|files| files.step == *step).max_by_key(|files| files.attempt)
+    }
+
+    /// Until when it is tried to write the verdict down.
+    fn verdict_deadline(&self, now: Instant) -> Instant {
+        self.storage_failing.unwrap_or(now) + self.life.lost_limit().unwrap_or(VERDICT_PATIENCE)
+    }
 }
 
 /// A connection's place in its build.
@@ -116,11 +142,18 @@ impl Build {
             id,
             token: hash_token(token),
             store,
-            inner: Mutex::new(Inner { life, attempts: Vec::new(), connections: HashMap::new(), storage_failing: None }),
+            inner: Mutex::new(Inner {
+                life,
+                attempts: Vec::new(),
+                connections: BTreeMap::new(),
+                storage_failing: None,
+            }),
             changed: watch::Sender::new(0),
             verdict: watch::Sender::new(None),
             cancel: watch::Sender::new(None),
             touched: Notify::new(),
+            taken_up: watch::Sender::new(false),
+            hurried: CancellationToken::new(),
         }
     }
 
@@ -138,6 +171,7 @@ impl Build {
             let expected = self.lock().life.step_list();
             return refuse(CloseCode::UnknownBuild, format!("step {} is not expected, only: {expected}", hello.step));
         }
+        drop(self.taken_up.subscribe().wait_for(|done| *done).await); // `self` holds the sender
         let step = hello.step.clone();
         let opened = match self.store.open_attempt(hello, self.changed.clone()).await {
             Ok(opened) => opened,
@@ -170,10 +204,8 @@ impl Build {
             }
         }
         let files = &opened.writer.files;
-        let known = inner.attempts.iter().position(|known| known.step == files.step && known.attempt == files.attempt);
-        if known.is_none() {
+        if inner.note_attempt(files) {
             info!(build = %self.id, %step, attempt = files.attempt, "connected");
-            inner.attempts.push(files.clone());
         }
         inner.life.handle_connected(step, Instant::now());
         drop(inner);
@@ -222,10 +254,13 @@ impl Build {
     }
 
     pub(crate) fn is_cancelled(&self) -> bool {
-        self.cancel.borrow().is_some() || self.verdict.borrow().is_some()
+        self.lock().life.verdict().is_some() || self.cancel.borrow().is_some()
     }
 
     pub(crate) fn cancel(&self, reason: &str) {
+        if self.lock().life.verdict().is_some() {
+            self.hurried.cancel();
+        }
         self.act(|life| life.handle_cancel(reason.to_owned(), Instant::now()));
     }
 
@@ -237,25 +272,10 @@ impl Build {
         let mut inner = self.lock();
         match change(&mut inner.life) {
             Action::Cancel(cancel) => drop(self.cancel.send_replace(Some(cancel))),
-            Action::End => self.settle(&inner.life),
-            Action::Nothing => {}
+            Action::End | Action::Nothing => {}
         }
         drop(inner);
         self.touch();
-    }
-
-    /// Writes the verdict down, then lets it be known.
-    fn settle(&self, life: &Life) {
-        let Some(verdict) = life.verdict() else { return };
-        let stored = serde_json::to_vec_pretty(verdict)
-            .map_err(io::Error::from)
-            .and_then(|text| self.store.record_verdict(self.id.as_str(), &text));
-        if let Err(cause) = stored {
-            error!(build = %self.id, "cannot store the verdict: {cause}");
-        }
-        info!(build = %self.id, complete = verdict.is_complete(), "{}", verdict.outcome);
-        self.verdict.send_replace(Some(verdict.clone()));
-        self.changed.send_modify(|version| *version += 1);
     }
 
     fn touch(&self) {
@@ -263,9 +283,27 @@ impl Build {
         self.changed.send_modify(|version| *version += 1);
     }
 
-    /// Watches the clocks until the verdict is known.
-    pub(crate) async fn watch_clocks(&self) {
-        while self.verdict.borrow().is_none() {
+    /// Watches the clocks to the end, writes the verdict down, and only then lets it be known.
+    pub(crate) async fn watch_clocks(&self, shutdown: &CancellationToken) {
+        let verdict = tokio::select! {
+            biased; // a verdict that is due is given
+            verdict = self.ended() => verdict,
+            () = shutdown.cancelled() => return,
+        };
+        self.write_down(&verdict, shutdown).await;
+        info!(build = %self.id, complete = verdict.is_complete(), "{}", verdict.outcome);
+        self.verdict.send_replace(Some(verdict));
+        self.touch();
+    }
+
+    /// Waits for the end.
+    async fn ended(&self) -> Verdict {
+        self.take_up().await;
+        self.taken_up.send_replace(true);
+        loop {
+            if let Some(verdict) = self.lock().life.verdict() {
+                return verdict.clone();
+            }
             let deadline = self.lock().life.poll_timeout();
             tokio::select! {
                 biased; // what has changed may have moved the deadline
@@ -275,15 +313,90 @@ impl Build {
         }
     }
 
-    /// A clock has run out. While nothing can be stored that is the reason, whatever it did to the agents.
+    /// Takes up what an earlier process stored of this build, so that an end that was accepted counts although its agent
+    /// is gone. Without it every agent has to come back, so a store that does not answer is not waited for.
+    async fn take_up(&self) {
+        let surveyed = timeout(SURVEY_PATIENCE, self.store.survey(&self.id, self.changed.clone())).await;
+        match surveyed.unwrap_or_else(|elapsed| Err(elapsed.into())) {
+            Ok(found) => self.take_up_attempts(&found),
+            Err(cause) => error!(build = %self.id, "cannot look at what is stored: {cause}"),
+        }
+    }
+
+    fn take_up_attempts(&self, found: &[Surveyed]) {
+        let mut inner = self.lock();
+        for Surveyed { files, .. } in found {
+            if inner.note_attempt(files) {
+                info!(build = %self.id, step = %files.step, attempt = files.attempt, "found");
+            }
+            inner.life.handle_found(&files.step, Instant::now());
+        }
+        drop(inner);
+        for Surveyed { files, finished } in found {
+            self.take_end(files, finished.clone());
+        }
+    }
+
+    /// A clock has run out. An end that is stored counts, though the connection may not have lived to tell of it. While
+    /// nothing can be stored that is the reason, whatever it did to the agents.
     fn handle_timeout(&self) {
+        self.take_ends();
         if self.lock().storage_failing.is_some() {
             self.fail(NOT_STORED);
         }
         self.act(|life| life.handle_timeout(Instant::now()));
     }
 
-    /// Waits for the verdict, which anybody may do, at any time.
+    /// Takes in every end that is stored.
+    fn take_ends(&self) {
+        let attempts = self.lock().attempts.clone();
+        for files in attempts {
+            let finished = files.progress.borrow().finished.clone();
+            self.take_end(&files, finished);
+        }
+    }
+
+    /// Takes in the end of an attempt, if it has one and no newer attempt has taken over.
+    fn take_end(&self, files: &AttemptFiles, finished: Option<(Finished, FinishedAck)>) {
+        let newest = self.lock().newest(&files.step).map(|newest| newest.attempt);
+        if let Some((finished, answer)) = finished.filter(|_| newest == Some(files.attempt)) {
+            self.handle_finished(&files.step, finished.end, answer);
+        }
+    }
+
+    /// Makes the verdict durable. While that fails it is tried again, for as long as a lost agent is waited for, counted
+    /// from when storage began to fail: a dead store must not keep the end from anybody.
+    async fn write_down(&self, verdict: &Verdict, shutdown: &CancellationToken) {
+        let text = serde_json::to_vec_pretty(verdict).expect("a verdict is plain data");
+        let deadline = self.lock().verdict_deadline(Instant::now());
+        let mut is_known = false;
+        while let Err(cause) = self.record_verdict(&text).await {
+            if Instant::now() >= deadline || self.hurried.is_cancelled() || shutdown.is_cancelled() {
+                return error!(build = %self.id, "the verdict could not be stored: {cause}");
+            }
+            if !std::mem::replace(&mut is_known, true) {
+                error!(build = %self.id, "the verdict cannot be stored yet, trying again: {cause}");
+            }
+            tokio::select! {
+                biased; // who will not wait first
+                () = self.hurried.cancelled() => {}
+                () = shutdown.cancelled() => {}
+                () = sleep(VERDICT_RETRY) => {}
+            }
+        }
+    }
+
+    /// Writes the verdict down once, in limited time. That there is one already is as good.
+    async fn record_verdict(&self, text: &[u8]) -> io::Result<()> {
+        let stored = std::future::ready(self.store.record_verdict(self.id.as_str(), text));
+        let is_first = timeout(VERDICT_TRY, stored).await??;
+        if !is_first {
+            warn!(build = %self.id, "there is a verdict already, and the first one stays");
+        }
+        Ok(())
+    }
+
+    /// Waits for the verdict to be written down, which anybody may do, at any time.
     pub(crate) async fn verdict(&self) -> Verdict {
         let mut verdict = self.verdict.subscribe();
         loop {
@@ -318,6 +431,18 @@ impl Build {
 
 /// Why a build ends whose log has no place.
 const NOT_STORED: &str = "the log cannot be stored; is the data directory full or read-only?";
+
+/// How long the store may take to say what an earlier process left.
+const SURVEY_PATIENCE: Duration = Duration::from_secs(30);
+
+/// How long one attempt to write a verdict down may take.
+const VERDICT_TRY: Duration = Duration::from_secs(10);
+
+/// Pause before the next.
+const VERDICT_RETRY: Duration = Duration::from_secs(1);
+
+/// How long it is tried when a lost agent would be waited for without limit.
+const VERDICT_PATIENCE: Duration = Duration::from_secs(120);
 
 /// Never completes without a deadline.
 pub(crate) async fn expiry(at: Option<Instant>) {
@@ -414,5 +539,146 @@ fn item(files: &AttemptFiles, found: Found) -> LogItem {
     match found {
         Found::Record(record) => LogItem::Record(LogRecord { step, attempt, record }),
         Found::Lost(records) => LogItem::Lost { step, attempt, records },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use phonehome_proto::{id::ProducerId, tally::Tally};
+
+    use super::*;
+    use crate::{store::Durability, tasks::Tasks};
+
+    #[tokio::test]
+    async fn a_verdict_that_is_known_is_stored() {
+        let scene = Scene::new();
+        scene.build.cancel("enough");
+        assert_eq!(scene.build.verdict().await.exit_code(), 130);
+        let stored: serde_json::Value = serde_json::from_slice(&fs::read(scene.verdict_file()).unwrap()).unwrap();
+        assert_eq!(stored["verdict"], "cancelled");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_verdict_that_cannot_be_stored_is_tried_again_and_told_when_it_is() {
+        let scene = Scene::new();
+        fs::write(scene.build_dir(), "in the way").unwrap();
+        scene.build.cancel("enough");
+        sleep(Duration::from_secs(60)).await;
+        assert!(scene.build.is_cancelled() && scene.build.verdict.borrow().is_none());
+        fs::remove_file(scene.build_dir()).unwrap();
+        scene.build.verdict().await;
+        assert!(scene.verdict_file().exists());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_dead_store_keeps_the_end_from_nobody() {
+        let scene = Scene::new();
+        fs::write(scene.build_dir(), "in the way").unwrap();
+        let begun = Instant::now();
+        scene.build.cancel("enough");
+        scene.build.verdict().await;
+        let waited = begun.elapsed();
+        assert!((119..=121).contains(&waited.as_secs()), "{waited:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_asks_twice_does_not_wait_for_a_dead_store() {
+        let scene = Scene::new();
+        fs::write(scene.build_dir(), "in the way").unwrap();
+        let begun = Instant::now();
+        scene.build.cancel("enough");
+        sleep(Duration::from_secs(5)).await;
+        scene.build.cancel("enough, I said");
+        scene.build.verdict().await;
+        assert_eq!(begun.elapsed(), Duration::from_secs(5));
+    }
+
+    /// The agent is gone, and its connection with it, before anybody could say that its end was stored.
+    #[tokio::test]
+    async fn an_end_that_is_stored_counts_although_its_connection_is_gone() {
+        let scene = Scene::new();
+        let seat = scene.seat(1, "main").await;
+        scene.finish(&seat).await;
+        let mut progress = seat.opened.progress.clone();
+        progress.wait_for(|progress| progress.finished.is_some()).await.unwrap();
+        scene.build.leave(&"main".parse().unwrap(), &seat.superseded);
+        scene.build.handle_timeout();
+        assert_eq!(scene.build.verdict().await.outcome, Outcome::Succeeded);
+    }
+
+    #[tokio::test]
+    async fn an_end_from_before_a_restart_gives_the_verdict() {
+        let before = Scene::new();
+        let seat = before.seat(1, "main").await;
+        before.finish(&seat).await;
+        let mut progress = seat.opened.progress.clone();
+        let finished = progress.wait_for(|progress| progress.finished.is_some()).await.unwrap().finished.clone();
+        let after = Scene::new();
+        after.build.take_up_attempts(&[Surveyed { files: seat.opened.writer.files.clone(), finished }]);
+        assert_eq!(after.build.verdict().await.outcome, Outcome::Succeeded);
+    }
+
+    /// A build and its clock, over a store of its own.
+    struct Scene {
+        dir: tempfile::TempDir,
+        build: Arc<Build>,
+        tasks: Tasks,
+    }
+
+    impl Scene {
+        fn new() -> Self {
+            Self::with(&["main"])
+        }
+
+        fn with(steps: &[&str]) -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            let store = Store::open(dir.path(), Durability::Os).unwrap();
+            let steps = steps.iter().map(|step| step.parse().unwrap()).collect();
+            let build = Arc::new(Build::new("b".parse().unwrap(), "token", steps, Clocks::default(), store));
+            let (tasks, watched) = (Tasks::default(), build.clone());
+            tasks.spawn(async move { watched.watch_clocks(&CancellationToken::new()).await });
+            Self { dir, build, tasks }
+        }
+
+        fn build_dir(&self) -> std::path::PathBuf {
+            self.dir.path().join("builds/b")
+        }
+
+        fn verdict_file(&self) -> std::path::PathBuf {
+            self.build_dir().join("verdict.json")
+        }
+
+        async fn seat(&self, producer: u8, step: &str) -> Seat {
+            self.build.seat(hello(producer, step)).await.unwrap()
+        }
+
+        /// An end with code 0 and without a record.
+        async fn finish(&self, seat: &Seat) {
+            let (tally, end) = (Tally::default(), End::Exited(0));
+            let (next, counts, digest) = (tally.next(), tally.counts(), tally.digest());
+            let finished = Finished { next, counts, digest, end, time: 0, usage: None };
+            self.build.store.finish(&seat.opened.writer, finished, FinishedAck::Complete).await.unwrap();
+        }
+    }
+
+    impl Drop for Scene {
+        fn drop(&mut self) {
+            self.tasks.stop();
+        }
+    }
+
+    fn hello(producer: u8, step: &str) -> Hello {
+        Hello {
+            build: "b".parse().unwrap(),
+            step: step.parse().unwrap(),
+            producer: ProducerId([producer; 16]),
+            oldest: 0,
+            next: 0,
+            labels: BTreeMap::new(),
+            agent: String::new(),
+            capabilities: Vec::new(),
+        }
     }
 }

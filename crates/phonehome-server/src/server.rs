@@ -232,13 +232,7 @@ impl Server {
             return Err(ExpectError::Known(id));
         }
         let (watched, shutdown) = (build.clone(), self.shared.shutdown.clone());
-        self.tasks.spawn(async move {
-            tokio::select! {
-                biased; // a verdict that is due is given
-                () = watched.watch_clocks() => {}
-                () = shutdown.cancelled() => {}
-            }
-        });
+        self.tasks.spawn(async move { watched.watch_clocks(&shutdown).await });
         Ok(ExpectedBuild { build, token: token.into() })
     }
 
@@ -281,7 +275,8 @@ impl ExpectedBuild {
         self.build.log()
     }
 
-    /// Waits for its verdict.
+    /// Waits for its verdict, which is stored then. One that cannot be stored is told all the same, after
+    /// [`Clocks::lost`] or a second [`Self::cancel`]; the server's log says so.
     pub async fn verdict(&self) -> Verdict {
         self.build.verdict().await
     }

@@ -256,6 +256,13 @@ impl Life {
         }
     }
 
+    /// An agent of the step had been there before this process was.
+    pub(crate) fn handle_found(&mut self, step: &StepName, now: Instant) {
+        if let Some(state @ Step::Awaited) = self.steps.get_mut(step) {
+            *state = Step::Away { since: now };
+        }
+    }
+
     pub(crate) fn handle_disconnected(&mut self, step: &StepName, now: Instant) {
         if let Some(state @ Step::Connected) = self.steps.get_mut(step) {
             *state = Step::Away { since: now };
@@ -431,6 +438,16 @@ mod tests {
         assert_eq!(total.finish("main", 143), Action::End);
         assert_eq!(total.verdict().outcome, Outcome::TimedOut { clock: Clock::Total });
         assert!(total.verdict().is_complete(), "its last output arrived all the same");
+    }
+
+    #[test]
+    fn an_agent_from_before_a_restart_is_waited_for_like_one_that_vanished() {
+        let mut build = Build::new(&["main"]);
+        build.life.handle_found(&step("main"), build.now);
+        assert!(build.life.was_connected());
+        assert_eq!(build.pass(119), Action::Nothing);
+        assert_eq!(build.pass(1), Action::End);
+        assert_eq!(build.verdict().outcome, Outcome::Lost { step: step("main") });
     }
 
     #[test]
