@@ -24,8 +24,8 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
-use self::state::{Action, Life};
-pub use self::state::{Clock, Clocks, Outcome, Verdict};
+use self::state::{Action, Life, Stored};
+pub use self::state::{Clock, Clocks, Outcome, StepLog, Verdict};
 use crate::store::{AttemptFiles, AttemptReader, Found, OpenError, Opened, Store, Surveyed};
 
 /// SHA-256 of a token: all that is kept of it.
@@ -113,10 +113,26 @@ impl Inner {
         self.attempts.iter().filter(|files| files.step == *step).max_by_key(|files| files.attempt)
     }
 
+    /// The verdict with what is stored at this moment, once it is known.
+    fn verdict(&self) -> Option<Verdict> {
+        self.life.verdict(|step| self.newest(step).map(|files| stored(files)))
+    }
+
     /// Until when it is tried to write the verdict down.
     fn verdict_deadline(&self, now: Instant) -> Instant {
         self.storage_failing.unwrap_or(now) + self.life.lost_limit().unwrap_or(VERDICT_PATIENCE)
     }
+}
+
+/// What is stored of an attempt. For a complete one that is what its agent said, by definition.
+fn stored(files: &AttemptFiles) -> Stored {
+    let progress = files.progress.borrow();
+    let tally = &progress.tally;
+    let (counts, digest) = match &progress.finished {
+        Some((finished, FinishedAck::Complete)) => (finished.counts, finished.digest),
+        Some((_, FinishedAck::Incomplete(_) | FinishedAck::Resume(_))) | None => (tally.counts(), tally.digest()),
+    };
+    Stored { attempt: files.attempt, records: counts.records(), bytes: counts.output_bytes(), digest }
 }
 
 /// A connection's place in its build.
@@ -207,7 +223,7 @@ impl Build {
         if inner.note_attempt(files) {
             info!(build = %self.id, %step, attempt = files.attempt, "connected");
         }
-        inner.life.handle_connected(step, Instant::now());
+        inner.life.handle_connected(step, files.attempt, Instant::now());
         drop(inner);
         self.touch();
         Seat { opened, superseded, cancel: self.cancel.subscribe() }
@@ -254,11 +270,11 @@ impl Build {
     }
 
     pub(crate) fn is_cancelled(&self) -> bool {
-        self.lock().life.verdict().is_some() || self.cancel.borrow().is_some()
+        self.lock().life.has_ended() || self.cancel.borrow().is_some()
     }
 
     pub(crate) fn cancel(&self, reason: &str) {
-        if self.lock().life.verdict().is_some() {
+        if self.lock().life.has_ended() {
             self.hurried.cancel();
         }
         self.act(|life| life.handle_cancel(reason.to_owned(), Instant::now()));
@@ -301,8 +317,8 @@ impl Build {
         self.take_up().await;
         self.taken_up.send_replace(true);
         loop {
-            if let Some(verdict) = self.lock().life.verdict() {
-                return verdict.clone();
+            if let Some(verdict) = self.lock().verdict() {
+                return verdict;
             }
             let deadline = self.lock().life.poll_timeout();
             tokio::select! {
@@ -329,7 +345,7 @@ impl Build {
             if inner.note_attempt(files) {
                 info!(build = %self.id, step = %files.step, attempt = files.attempt, "found");
             }
-            inner.life.handle_found(&files.step, Instant::now());
+            inner.life.handle_found(&files.step, files.attempt, Instant::now());
         }
         drop(inner);
         for Surveyed { files, finished } in found {

@@ -53,11 +53,11 @@ mod server;
 mod store;
 mod tasks;
 
-pub use builds::{BuildLog, Clock, Clocks, LogItem, LogRecord, Outcome, Verdict};
+pub use builds::{BuildLog, Clock, Clocks, LogItem, LogRecord, Outcome, StepLog, Verdict};
 pub use identity::IdentityError;
 pub use phonehome_proto::{
     frame::{End, Record, Stream},
-    id::{BuildId, StepName},
+    id::{BuildId, Digest, StepName},
 };
 pub use server::{Config, ExpectError, Expected, ExpectedBuild, Refusals, Server, StartError};
 pub use store::Durability;

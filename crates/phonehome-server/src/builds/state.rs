@@ -10,7 +10,7 @@ use std::{collections::BTreeMap, fmt, time::Duration};
 
 use phonehome_proto::{
     frame::{Cancel, End, FinishedAck},
-    id::StepName,
+    id::{Attempt, Digest, StepName},
 };
 use serde::Serialize;
 use tokio::time::Instant;
@@ -97,12 +97,52 @@ const EXIT_CANCELLED: u8 = 130;
 
 /// Everything known at the end of a build.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(into = "VerdictFile")]
 pub struct Verdict {
     /// How it ended.
-    #[serde(flatten)]
     pub outcome: Outcome,
     /// Why its log is not proven complete; `None` when counts and digests of every step agree with what is stored.
     pub incomplete: Option<String>,
+    /// What is stored, and for a complete step proven: in the order of declaration, without steps that never connected.
+    pub steps: Vec<StepLog>,
+}
+
+/// What is stored of a step at the end of its build: of its newest attempt, which is the one that counts.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct StepLog {
+    /// The step.
+    pub step: StepName,
+    /// Which life of its agent.
+    pub attempt: Attempt,
+    /// Whether the agent's own account, told at its end, agrees with what is stored.
+    pub complete: bool,
+    /// Records, those of events included.
+    pub records: u64,
+    /// Bytes of standard output and standard error together.
+    pub bytes: u64,
+    /// BLAKE3 of these bytes in the order in which they were read.
+    pub digest: Digest,
+    /// How often the agent's connection was cut, or fell silent, and came back before the end. A server that was started
+    /// again counts from then on.
+    pub cuts: u64,
+}
+
+/// `verdict.json`.
+#[derive(Serialize)]
+struct VerdictFile {
+    #[serde(flatten)]
+    outcome: Outcome,
+    complete: bool,
+    incomplete: Option<String>,
+    steps: Vec<StepLog>,
+}
+
+impl From<Verdict> for VerdictFile {
+    fn from(verdict: Verdict) -> Self {
+        let complete = verdict.is_complete();
+        let Verdict { outcome, incomplete, steps } = verdict;
+        Self { outcome, complete, incomplete, steps }
+    }
 }
 
 impl Verdict {
@@ -169,6 +209,8 @@ pub(crate) struct Life {
     /// In the order of declaration.
     order: Vec<StepName>,
     steps: BTreeMap<StepName, Step>,
+    /// Of the steps that have been connected.
+    cuts: BTreeMap<StepName, Cuts>,
     started: Instant,
     /// Since when no agent is there although one is awaited: the start, or the end of a step.
     waiting: Instant,
@@ -184,11 +226,27 @@ enum Step {
     Finished { end: End, answer: FinishedAck, confirmed: bool },
 }
 
+/// Connections of the newest attempt that came in place of one before them.
+#[derive(Debug, Default)]
+struct Cuts {
+    attempt: Attempt,
+    count: u64,
+}
+
+/// What the store holds of a step's newest attempt.
+#[derive(Debug, Clone)]
+pub(crate) struct Stored {
+    pub(crate) attempt: Attempt,
+    pub(crate) records: u64,
+    pub(crate) bytes: u64,
+    pub(crate) digest: Digest,
+}
+
 #[derive(Debug)]
 enum Phase {
     Running,
     Ending { outcome: Outcome, deadline: Instant },
-    Ended(Verdict),
+    Ended { outcome: Outcome, incomplete: Option<String> },
 }
 
 /// What a change asks for.
@@ -211,6 +269,7 @@ impl Life {
             clocks,
             steps: steps.iter().map(|step| (step.clone(), Step::Awaited)).collect(),
             order: steps,
+            cuts: BTreeMap::new(),
             started: now,
             waiting: now,
             last_output: now,
@@ -232,11 +291,23 @@ impl Life {
         self.order.iter().map(StepName::as_str).collect::<Vec<_>>().join(", ")
     }
 
-    pub(crate) fn verdict(&self) -> Option<&Verdict> {
-        match &self.phase {
-            Phase::Ended(verdict) => Some(verdict),
-            Phase::Running | Phase::Ending { .. } => None,
-        }
+    /// Whether the verdict is known.
+    pub(crate) fn has_ended(&self) -> bool {
+        matches!(self.phase, Phase::Ended { .. })
+    }
+
+    /// The verdict, once it is known. `stored` tells what the store holds of a step.
+    pub(crate) fn verdict(&self, stored: impl Fn(&StepName) -> Option<Stored>) -> Option<Verdict> {
+        let Phase::Ended { outcome, incomplete } = &self.phase else { return None };
+        let steps = self.order.iter().filter_map(|name| Some(self.step_log(name, stored(name)?))).collect();
+        Some(Verdict { outcome: outcome.clone(), incomplete: incomplete.clone(), steps })
+    }
+
+    fn step_log(&self, step: &StepName, stored: Stored) -> StepLog {
+        let Stored { attempt, records, bytes, digest } = stored;
+        let complete = matches!(self.steps.get(step), Some(Step::Finished { answer: FinishedAck::Complete, .. }));
+        let cuts = self.cuts.get(step).filter(|cuts| cuts.attempt == attempt).map_or(0, |cuts| cuts.count);
+        StepLog { step: step.clone(), attempt, complete, records, bytes, digest, cuts }
     }
 
     /// Whether any agent has ever said hello.
@@ -249,15 +320,29 @@ impl Life {
         self.steps.values().all(|step| !matches!(step, Step::Finished { confirmed: false, .. }))
     }
 
-    pub(crate) fn handle_connected(&mut self, step: &StepName, now: Instant) {
+    pub(crate) fn handle_connected(&mut self, step: &StepName, attempt: Attempt, now: Instant) {
+        self.count_cut(step, attempt);
         if let Some(state @ (Step::Awaited | Step::Away { .. })) = self.steps.get_mut(step) {
             *state = Step::Connected;
             self.last_output = self.last_output.max(now);
         }
     }
 
+    /// A connection of an attempt that had one before is what a cut looks like from here, whether the older one is known
+    /// to be gone or still half open.
+    fn count_cut(&mut self, step: &StepName, attempt: Attempt) {
+        let is_open = !matches!(self.steps.get(step), Some(Step::Finished { .. }));
+        let cuts = self.cuts.entry(step.clone()).or_default();
+        if attempt > cuts.attempt {
+            *cuts = Cuts { attempt, count: 0 };
+        } else if attempt == cuts.attempt && is_open {
+            cuts.count += 1;
+        }
+    }
+
     /// An agent of the step had been there before this process was.
-    pub(crate) fn handle_found(&mut self, step: &StepName, now: Instant) {
+    pub(crate) fn handle_found(&mut self, step: &StepName, attempt: Attempt, now: Instant) {
+        self.count_cut(step, attempt);
         if let Some(state @ Step::Awaited) = self.steps.get_mut(step) {
             *state = Step::Away { since: now };
         }
@@ -294,7 +379,7 @@ impl Life {
         match &self.phase {
             Phase::Ending { outcome, .. } => self.end(outcome.clone()),
             Phase::Running => self.stop(Outcome::Cancelled { reason }, now),
-            Phase::Ended(_) => Action::Nothing,
+            Phase::Ended { .. } => Action::Nothing,
         }
     }
 
@@ -302,7 +387,7 @@ impl Life {
     pub(crate) fn handle_error(&mut self, reason: String, now: Instant) -> Action {
         match &self.phase {
             Phase::Running => self.stop(Outcome::Error { reason }, now),
-            Phase::Ending { .. } | Phase::Ended(_) => Action::Nothing,
+            Phase::Ending { .. } | Phase::Ended { .. } => Action::Nothing,
         }
     }
 
@@ -310,7 +395,7 @@ impl Life {
         match &self.phase {
             Phase::Running => self.clocks().into_iter().map(|(at, _)| at).min(),
             Phase::Ending { deadline, .. } => Some(*deadline),
-            Phase::Ended(_) => None,
+            Phase::Ended { .. } => None,
         }
     }
 
@@ -321,7 +406,7 @@ impl Life {
                 None => Action::Nothing,
             },
             Phase::Ending { outcome, deadline } if *deadline <= now => self.end(outcome.clone()),
-            Phase::Ending { .. } | Phase::Ended(_) => Action::Nothing,
+            Phase::Ending { .. } | Phase::Ended { .. } => Action::Nothing,
         }
     }
 
@@ -363,7 +448,7 @@ impl Life {
             Phase::Ending { outcome, .. } if !self.steps.values().any(|step| self.is_stoppable(step)) => {
                 self.end(outcome.clone())
             }
-            Phase::Running | Phase::Ending { .. } | Phase::Ended(_) => Action::Nothing,
+            Phase::Running | Phase::Ending { .. } | Phase::Ended { .. } => Action::Nothing,
         }
     }
 
@@ -393,7 +478,7 @@ impl Life {
             }
             Step::Awaited => Some(format!("step {name} never connected")),
         });
-        self.phase = Phase::Ended(Verdict { outcome, incomplete });
+        self.phase = Phase::Ended { outcome, incomplete };
         Action::End
     }
 }
@@ -405,7 +490,7 @@ mod tests {
     #[test]
     fn a_build_succeeds_when_its_step_has_finished() {
         let mut build = Build::new(&["main"]);
-        build.life.handle_connected(&step("main"), build.now);
+        build.life.handle_connected(&step("main"), 1, build.now);
         assert_eq!(build.finish("main", 0), Action::End);
         assert_eq!((build.code(), build.verdict().is_complete()), (0, true));
     }
@@ -426,14 +511,14 @@ mod tests {
         assert_eq!(never.code(), 124);
 
         let mut lost = Build::new(&["main"]);
-        lost.life.handle_connected(&step("main"), lost.now);
+        lost.life.handle_connected(&step("main"), 1, lost.now);
         lost.life.handle_disconnected(&step("main"), lost.now);
         lost.pass(120);
-        assert_eq!((lost.verdict().outcome.clone(), lost.code()), (Outcome::Lost { step: step("main") }, 121));
+        assert_eq!((lost.verdict().outcome, lost.code()), (Outcome::Lost { step: step("main") }, 121));
         assert!(!lost.verdict().is_complete());
 
         let mut total = Build::new(&["main"]);
-        total.life.handle_connected(&step("main"), total.now);
+        total.life.handle_connected(&step("main"), 1, total.now);
         assert!(matches!(total.pass(3600), Action::Cancel(_)));
         assert_eq!(total.finish("main", 143), Action::End);
         assert_eq!(total.verdict().outcome, Outcome::TimedOut { clock: Clock::Total });
@@ -443,7 +528,7 @@ mod tests {
     #[test]
     fn an_agent_from_before_a_restart_is_waited_for_like_one_that_vanished() {
         let mut build = Build::new(&["main"]);
-        build.life.handle_found(&step("main"), build.now);
+        build.life.handle_found(&step("main"), 1, build.now);
         assert!(build.life.was_connected());
         assert_eq!(build.pass(119), Action::Nothing);
         assert_eq!(build.pass(1), Action::End);
@@ -451,11 +536,75 @@ mod tests {
     }
 
     #[test]
+    fn every_connection_that_replaces_one_of_the_same_attempt_is_a_cut() {
+        let mut build = Build::new(&["main"]);
+        build.connect(1);
+        build.life.handle_disconnected(&step("main"), build.now);
+        build.connect(1);
+        build.connect(1); // the one before was half open, and nobody ever says that it is gone
+        build.life.handle_disconnected(&step("main"), build.now);
+        build.connect(1);
+        build.finish("main", 0);
+        build.connect(1); // to hear the answer to its end
+        assert_eq!(build.log(1).cuts, 3);
+    }
+
+    #[test]
+    fn a_cut_that_nobody_came_back_from_was_not_survived() {
+        let mut build = Build::new(&["main"]);
+        build.connect(1);
+        build.life.handle_disconnected(&step("main"), build.now);
+        build.pass(120);
+        assert_eq!((build.log(1).cuts, build.log(1).complete), (0, false));
+    }
+
+    #[test]
+    fn a_new_attempt_counts_its_own_cuts() {
+        let mut build = Build::new(&["main"]);
+        build.connect(1);
+        build.connect(1);
+        build.connect(2);
+        build.connect(1); // a hello that was long under way
+        build.connect(2);
+        build.finish("main", 0);
+        let log = build.log(2);
+        assert_eq!((log.attempt, log.cuts, log.complete), (2, 1, true));
+        assert_eq!((log.records, log.bytes, log.digest), (3, 5, Digest([7; 32])));
+    }
+
+    #[test]
+    fn coming_back_after_a_restart_of_the_server_is_a_cut_survived() {
+        let mut build = Build::new(&["main"]);
+        build.life.handle_found(&step("main"), 1, build.now);
+        build.connect(1);
+        build.finish("main", 0);
+        assert_eq!(build.log(1).cuts, 1);
+    }
+
+    #[test]
+    fn a_verdict_on_disk_says_whether_the_log_is_complete() {
+        let mut build = Build::new(&["main"]);
+        build.connect(1);
+        build.finish("main", 3);
+        let stored = Stored { attempt: 1, records: 1, bytes: 2, digest: Digest([0; 32]) };
+        let verdict = build.life.verdict(|_| Some(stored.clone())).unwrap();
+        let digest = "0".repeat(64);
+        assert_eq!(
+            serde_json::to_value(verdict).unwrap(),
+            serde_json::json!({
+                "verdict": "failed", "step": "main", "end": {"exited": 3}, "complete": true, "incomplete": null,
+                "steps": [{"step": "main", "attempt": 1, "complete": true, "records": 1, "bytes": 2, "digest": digest,
+                    "cuts": 0}],
+            })
+        );
+    }
+
+    #[test]
     fn idle_counts_from_the_last_output_and_only_while_connected() {
         let clocks = Clocks { idle: Some(Duration::from_secs(60)), ..Clocks::default() };
         let mut build = Build::with(&["main"], clocks);
         build.pass(200);
-        build.life.handle_connected(&step("main"), build.now);
+        build.life.handle_connected(&step("main"), 1, build.now);
         assert_eq!(build.pass(59), Action::Nothing);
         build.life.handle_output(build.now);
         assert_eq!(build.pass(59), Action::Nothing);
@@ -465,7 +614,7 @@ mod tests {
     #[test]
     fn a_cancel_waits_for_the_agent_and_no_longer_than_grace() {
         let mut build = Build::new(&["main"]);
-        build.life.handle_connected(&step("main"), build.now);
+        build.life.handle_connected(&step("main"), 1, build.now);
         assert!(matches!(build.life.handle_cancel("hung up".into(), build.now), Action::Cancel(_)));
         assert_eq!(build.pass(39), Action::Nothing);
         assert_eq!(build.pass(1), Action::End);
@@ -475,7 +624,7 @@ mod tests {
     #[test]
     fn a_second_cancel_ends_at_once() {
         let mut build = Build::new(&["main"]);
-        build.life.handle_connected(&step("main"), build.now);
+        build.life.handle_connected(&step("main"), 1, build.now);
         build.life.handle_cancel("first".into(), build.now);
         assert_eq!(build.life.handle_cancel("second".into(), build.now), Action::End);
         assert_eq!(build.verdict().outcome, Outcome::Cancelled { reason: "first".into() });
@@ -502,7 +651,7 @@ mod tests {
     #[test]
     fn a_later_step_has_its_own_time_to_connect() {
         let mut build = Build::new(&["build", "test"]);
-        build.life.handle_connected(&step("build"), build.now);
+        build.life.handle_connected(&step("build"), 1, build.now);
         assert_eq!(build.pass(1000), Action::Nothing);
         build.finish("build", 0);
         assert_eq!(build.pass(299), Action::Nothing);
@@ -534,8 +683,18 @@ mod tests {
             self.life.handle_finished(&step(name), End::Exited(code), FinishedAck::Complete, self.now)
         }
 
-        fn verdict(&self) -> &Verdict {
-            self.life.verdict().unwrap()
+        fn verdict(&self) -> Verdict {
+            self.life.verdict(|_| None).unwrap()
+        }
+
+        /// The verdict's account of its first step, of which attempt `attempt` is stored.
+        fn log(&self, attempt: Attempt) -> StepLog {
+            let stored = Stored { attempt, records: 3, bytes: 5, digest: Digest([7; 32]) };
+            self.life.verdict(|_| Some(stored.clone())).unwrap().steps.remove(0)
+        }
+
+        fn connect(&mut self, attempt: Attempt) {
+            self.life.handle_connected(&step("main"), attempt, self.now);
         }
 
         fn code(&self) -> u8 {

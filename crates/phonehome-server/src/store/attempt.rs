@@ -5,6 +5,7 @@ use std::{
     io::{self, BufReader, IoSlice, Read, Seek, SeekFrom, Write},
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use bytes::Bytes;
@@ -34,12 +35,14 @@ pub(crate) struct AttemptFiles {
 }
 
 /// What is durable.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default)]
 pub(crate) struct Progress {
     /// Everything below this sequence number.
     pub(crate) next: u64,
     /// Payload bytes, events included.
     pub(crate) bytes: u64,
+    /// The account of these records.
+    pub(crate) tally: Arc<Tally>,
     /// Entries in the index.
     pub(crate) entries: u64,
     /// The end and what to answer, once stored.

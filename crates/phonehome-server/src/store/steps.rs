@@ -201,6 +201,7 @@ impl Current {
             if !self.failed {
                 progress.next = self.log.tally.next();
                 progress.bytes = self.log.tally.bytes();
+                progress.tally = Arc::new(self.log.tally.clone());
                 progress.entries = self.log.entries();
                 progress.finished.clone_from(&self.log.finished);
             }
