@@ -238,9 +238,13 @@ async fn watch_a_push(repository: &Repository, push: impl Fn(&Repository) -> Pro
     assert_eq!(push.ended().await, 0);
     let told = push.stderr.all().await;
     let expected = (0..2000).map(|i| format!("line {i}"));
-    let own_line = "phonehome: build succeeded; the log is complete".to_owned();
-    let expected: Vec<_> = ["first line".to_owned()].into_iter().chain(expected).chain([own_line]).collect();
-    let lines = remote_lines(&told);
+    let expected: Vec<_> = ["first line".to_owned()].into_iter().chain(expected).collect();
+    let mut lines = remote_lines(&told);
+    let own_line = lines.pop().unwrap();
+    let written = expected.join("\n") + "\n";
+    let proof = format!("phonehome: build succeeded; the log is complete: {} bytes in ", written.len());
+    let digest = format!(" BLAKE3 {}, 0 cuts survived", blake3::hash(written.as_bytes()));
+    assert!(own_line.starts_with(&proof) && own_line.ends_with(&digest), "{own_line}");
     let differing = lines.iter().zip(&expected).find(|(line, expected)| line != expected);
     assert_eq!((lines.len(), differing), (expected.len(), None), "{}", told.escape_ascii());
     assert_eq!(repository.tip("refs/heads/main"), Some(commit));

@@ -236,6 +236,30 @@ async fn nothing_is_left_behind_when_no_data_directory_was_given() {
 }
 
 #[tokio::test]
+async fn quiet_leaves_out_the_last_line_and_no_problem() {
+    for (script, code) in [("echo built", 0), ("echo built; exit 3", 3)] {
+        let ended = Hook::run(&["--quiet"], script).ended().await;
+        assert_eq!((ended.code, ended.stdout(), ended.stderr()), (code, "built\n".to_owned(), String::new()));
+    }
+    let ended = Hook::run(&["--quiet", "--timeout", "1s"], "echo going; exec sleep 120").ended().await;
+    assert_eq!(ended.code, 124);
+    assert!(ended.stderr().contains("timed out: the build took too long"), "{}", ended.stderr());
+}
+
+#[tokio::test]
+async fn the_verdict_on_disk_says_what_the_last_line_says() {
+    let mut hook = Hook::run(&["--data", "data", "--build", "proven"], "echo built; exit 3");
+    let told = hook.ended().await.stderr();
+    let verdict = Stored::verdict(&hook.scene.path("data"), "proven").await;
+    let digest = blake3::hash(b"built\n").to_hex().to_string();
+    let (complete, step) = (&verdict["complete"], &verdict["steps"][0]);
+    assert_eq!((complete, &step["bytes"], &step["cuts"]), (&true.into(), &6.into(), &0.into()), "{verdict}");
+    assert_eq!(step["digest"], *digest);
+    let proof = format!("complete: 6 bytes in {}", step["records"]);
+    assert!(told.contains(&proof) && told.contains(&format!("BLAKE3 {digest}, 0 cuts survived\n")), "{told}");
+}
+
+#[tokio::test]
 async fn bad_options_are_an_error_of_phonehome_not_a_code_of_a_build() {
     for flags in [&["--no-such-option"][..], &["--steps", "a,a"], &["--timeout", "soon"], &["--advertise", "a b"]] {
         let ended = Hook::launch(flags, "true").ended().await;

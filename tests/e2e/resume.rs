@@ -20,7 +20,10 @@ async fn twenty_four_megabytes_survive_a_network_that_cuts_every_connection() {
     assert_eq!(ended.stdout.len(), source.len(), "{}", ended.stderr());
     assert!(ended.stdout == source, "the same number of bytes, but not the same bytes");
     assert_eq!(ended.code, 7);
-    assert!(ended.stderr().contains("the log is complete"), "{}", ended.stderr());
+    let proof = format!("the log is complete: {} bytes in ", source.len());
+    assert!(ended.stderr().contains(&proof), "{}", ended.stderr());
+    assert!(ended.stderr().contains(&format!("BLAKE3 {}, ", blake3::hash(&source))), "{}", ended.stderr());
+    assert!(!ended.stderr().contains(", 0 cuts survived"), "{}", ended.stderr());
     assert_eq!(agent.ended().await, 7);
     assert!(proxy.cut() >= 12, "only {} cuts", proxy.cut());
 }

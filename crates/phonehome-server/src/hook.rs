@@ -8,6 +8,7 @@ mod printer;
 mod pusher;
 mod render;
 mod screen;
+mod summary;
 
 use std::{
     ffi::OsString,
@@ -31,6 +32,7 @@ use self::{
     lock::Lock,
     printer::{Gone, Printer},
     screen::Screen,
+    summary::{is_plain, summary},
 };
 pub(crate) use self::{
     printer::{LogLines, Notice, complain, notices},
@@ -56,6 +58,8 @@ pub(crate) struct HookConfig {
     pub(crate) render: RenderChoice,
     pub(crate) color: Choice,
     pub(crate) keepalive: Option<Duration>,
+    /// Say nothing at the end of a build that ended by itself and whose log is complete.
+    pub(crate) quiet: bool,
     pub(crate) launcher: Vec<OsString>,
 }
 
@@ -95,7 +99,8 @@ pub(crate) async fn run(
     let screen = Screen::open(config.render, config.color, config.steps.len() > 1);
     let printer = Printer::new(build.log(), screen, queue, config.keepalive);
     let launcher = Launcher::start(&config.launcher, &variables, own_lines.clone());
-    let push = Push { build: &build, server: &server, on_hangup: config.on_hangup, signals, own_lines, url };
+    let (on_hangup, quiet) = (config.on_hangup, config.quiet);
+    let push = Push { build: &build, server: &server, on_hangup, quiet, signals, own_lines, url };
     let code = push.run(launcher, printer).await;
     server.shutdown(FAREWELL).await;
     Ok(code)
@@ -149,6 +154,7 @@ struct Push<'a> {
     build: &'a ExpectedBuild,
     server: &'a Server,
     on_hangup: OnHangup,
+    quiet: bool,
     signals: Hangups,
     own_lines: mpsc::Sender<Notice>,
     url: String,
@@ -173,7 +179,7 @@ impl Push<'_> {
                 },
             }
         };
-        let last_words: Vec<_> = std::iter::once(summary(&verdict)).chain(self.hints(&verdict)).collect();
+        let last_words = self.last_words(&verdict);
         for line in &last_words {
             self.say(line).await;
         }
@@ -224,6 +230,14 @@ impl Push<'_> {
         launcher.terminate();
     }
 
+    /// What is said about the end.
+    fn last_words(&self, verdict: &Verdict) -> Vec<String> {
+        if self.quiet && is_plain(verdict) {
+            return Vec::new();
+        }
+        std::iter::once(summary(verdict)).chain(self.hints(verdict)).collect()
+    }
+
     /// What to look at when the build itself could not say what went wrong.
     fn hints(&self, verdict: &Verdict) -> Vec<String> {
         match &verdict.outcome {
@@ -263,20 +277,6 @@ async fn recv(gone: &mut Option<Gone>) -> String {
             Err(_) => std::future::pending().await, // the printer ended without being left alone
         },
         None => std::future::pending().await,
-    }
-}
-
-/// The one line that says how it ended.
-fn summary(verdict: &Verdict) -> String {
-    let completeness = match &verdict.incomplete {
-        None => "the log is complete".to_owned(),
-        Some(reason) => format!("the log is not complete: {reason}"),
-    };
-    match &verdict.outcome {
-        Outcome::Succeeded | Outcome::Failed { .. } => format!("build {}; {completeness}", verdict.outcome),
-        Outcome::Cancelled { .. } | Outcome::Error { .. } | Outcome::Lost { .. } | Outcome::TimedOut { .. } => {
-            format!("build {} (exit code {}); {completeness}", verdict.outcome, verdict.exit_code())
-        }
     }
 }
 

@@ -97,6 +97,11 @@ pub(super) struct HookArgs {
     #[arg(long, value_name = "TIME", default_value = "30s", help_heading = "Printing")]
     keepalive: Limit,
 
+    /// Leave out the last line, which says how the build ended and what is proven about its log: bytes, records, digest,
+    /// cuts survived. Problems are told all the same
+    #[arg(long, help_heading = "Printing")]
+    quiet: bool,
+
     /// Form of the server's own log, on standard error
     #[arg(long, value_name = "FORMAT", default_value = "text", help_heading = "Own log")]
     pub(super) log_format: Format,
@@ -199,6 +204,7 @@ pub(super) fn checked(args: HookArgs) -> anyhow::Result<HookConfig> {
             Color::Never => Choice::No,
         },
         keepalive: args.keepalive.0,
+        quiet: args.quiet,
         launcher: args.launcher,
     })
 }
