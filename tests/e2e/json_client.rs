@@ -62,6 +62,91 @@ async fn text_and_base64_on_both_streams_make_one_log() {
     Stored::read(&hook.scene.path("data"), "by-hand", "main", 1).assert_complete();
 }
 
+/// Nothing but the digest at the end can tell: there is no checksum.
+#[tokio::test]
+async fn what_was_damaged_on_the_way_is_sent_again() {
+    let mut hook = Hook::wait(&["--no-tls", "--build", "by-hand", "--data", "data"]).await;
+    let mut caller = welcomed(&hook).await;
+    caller.send_messages([first("first\n"), second("dAmaged\n"), end("first\ndamaged\n")]).await;
+    assert_eq!(answer(&mut caller).await, json!({"resume": 0}));
+    caller.send_messages([first("first\n"), second("damaged\n"), end("first\ndamaged\n")]).await;
+    assert_eq!(answer(&mut caller).await, "complete");
+    caller.leave().await;
+    let ended = hook.ended().await;
+    assert_eq!((ended.code, ended.stdout.len()), (0, 14), "nothing is printed twice: {}", ended.stdout());
+    let proof = format!("complete: 14 bytes in 2 records, BLAKE3 {},", blake3::hash(b"first\ndamaged\n"));
+    assert!(ended.stderr().contains(&proof), "{}", ended.stderr());
+    let stored = Stored::read(&hook.scene.path("data"), "by-hand", "main", 1);
+    stored.assert_complete();
+    assert_eq!(stored.log, b"first\ndamaged\n");
+}
+
+#[tokio::test]
+async fn what_stays_damaged_is_taken_and_never_called_complete() {
+    let mut hook = Hook::wait(&["--no-tls", "--build", "by-hand", "--data", "data"]).await;
+    let mut caller = welcomed(&hook).await;
+    let damaged = || [first("first\n"), second("dAmaged\n"), end("first\ndamaged\n")];
+    caller.send_messages(damaged()).await;
+    assert_eq!(answer(&mut caller).await, json!({"resume": 0}));
+    caller.send_messages(damaged()).await;
+    let incomplete = answer(&mut caller).await;
+    let reason = incomplete["incomplete"].as_str().unwrap();
+    assert_eq!(reason, "the digest differs from what was stored, also after the last records were sent again");
+    caller.leave().await;
+    let ended = hook.ended().await;
+    assert_eq!(ended.code, 0, "verdict and completeness are independent");
+    let digest = blake3::hash(b"first\ndAmaged\n");
+    let told = format!("not complete: step main: {reason}; stored: 14 bytes in 2 records, BLAKE3 {digest},");
+    assert!(ended.stderr().contains(&told), "{}", ended.stderr());
+    let verdict = Stored::verdict(&hook.scene.path("data"), "by-hand").await;
+    assert_eq!((&verdict["complete"], &verdict["steps"][0]["complete"]), (&json!(false), &json!(false)), "{verdict}");
+    assert_eq!(verdict["incomplete"], *format!("step main: {reason}"));
+    assert_eq!(verdict["steps"][0]["digest"], *digest.to_hex());
+}
+
+async fn welcomed(hook: &Hook) -> Caller {
+    let mut caller = Caller::connect(hook, Codec::Json).await;
+    let hello = json!({"type": "hello", "build": "by-hand", "producer": "0a".repeat(16), "next": 2});
+    caller.send_message(Message::text(hello.to_string())).await;
+    assert_eq!(json(&mut caller).await["type"], "welcome");
+    caller
+}
+
+/// Record 0, without a checksum.
+fn first(text: &str) -> Message {
+    output(0, 0, text)
+}
+
+/// Record 1, behind `first\n`.
+fn second(text: &str) -> Message {
+    output(1, 6, text)
+}
+
+fn output(seq: u64, offset: u64, text: &str) -> Message {
+    let record = json!({"time": 1, "stream": "stdout", "offset": offset, "text": text});
+    Message::text(json!({"type": "records", "first": seq, "records": [record]}).to_string())
+}
+
+/// The end of a log of two records.
+fn end(log: &str) -> Message {
+    let none = json!({"records": 0, "bytes": 0});
+    let counts = json!({"stdout": {"records": 2, "bytes": log.len()}, "stderr": none, "event": none});
+    let digest = blake3::hash(log.as_bytes()).to_hex().to_string();
+    let end =
+        json!({"type": "finished", "next": 2, "counts": counts, "digest": digest, "end": {"exited": 0}, "time": 2});
+    Message::text(end.to_string())
+}
+
+/// The outcome of the answer to FINISHED, past acknowledgements.
+async fn answer(caller: &mut Caller) -> Value {
+    loop {
+        let mut frame = json(caller).await;
+        if frame["type"] == "finished-ack" {
+            return frame["outcome"].take();
+        }
+    }
+}
+
 #[tokio::test]
 async fn a_client_without_an_end_hears_of_a_cancel() {
     let mut hook = Hook::wait(&["--no-tls", "--build", "by-hand", "--grace-period", "0s"]).await;

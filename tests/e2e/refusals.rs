@@ -2,7 +2,7 @@
 
 use phonehome_proto::{
     codec::Codec,
-    frame::{AgentFrame, FinishedAck},
+    frame::{Ack, AgentFrame, FinishedAck, ServerFrame},
     limits::MAX_MESSAGE,
 };
 use phonehome_server::{Config, Durability, Expected, Server};
@@ -204,9 +204,11 @@ async fn an_end_that_does_not_add_up_is_taken_and_never_called_complete() {
     let mut hook = plain_hook().await;
     let (mut caller, _) = Caller::welcomed(&hook, 1).await;
     caller.send(Records::of(&["what was said"]).frame()).await;
+    let acked = caller.frame().await;
+    assert!(matches!(acked, ServerFrame::Ack(Ack { next: 1, .. })), "{acked:?}");
     caller.send(Records::of(&["what was sent"]).finished(0)).await;
     let FinishedAck::Incomplete(reason) = caller.finished_ack().await else { panic!("it is not complete") };
-    assert!(reason.contains("digest"), "{reason}");
+    assert!(reason.contains("digest") && reason.contains("nothing was left"), "{reason}");
     caller.leave().await;
     let ended = hook.ended().await;
     assert_eq!(ended.code, 0, "verdict and completeness are independent");

@@ -9,12 +9,16 @@ use crate::{
 
 /// One attempt's log as its server knows it.
 ///
-/// `received` runs ahead of `durable` by what the store has not confirmed yet; only the latter is ever acknowledged.
+/// `received` runs ahead of `durable` by what the store has not confirmed yet; only the latter is ever acknowledged, and
+/// `acked` follows it. What lies above `acked` the agent still holds: from there a log whose digest is wrong can be sent
+/// again.
 #[derive(Debug, Clone, Default)]
 pub struct Receiver {
     received: Tally,
-    durable: u64,
-    durable_bytes: u64,
+    durable: Tally,
+    acked: Tally,
+    /// Whether the attempt was sent again once; that is enough.
+    rewound: bool,
     lost: u64,
     finished: Option<(Finished, FinishedAck)>,
 }
@@ -28,6 +32,9 @@ pub enum Ending {
     Repeat(FinishedAck),
     /// Records are missing: answer so and store nothing.
     Resume(FinishedAck),
+    /// The records do not add up, and the agent still holds the last of them. Everything that was stored beyond
+    /// [`Receiver::tally`], which has stepped back, must be taken back; then answer with this.
+    Rewind(FinishedAck),
 }
 
 /// How an agent broke the protocol. Nothing of the offending frame is stored.
@@ -78,7 +85,7 @@ impl Receiver {
     /// Goes on with what a store holds, all of it durable.
     #[must_use]
     pub fn resume(stored: Tally, lost: u64, finished: Option<(Finished, FinishedAck)>) -> Self {
-        Self { durable: stored.next(), durable_bytes: stored.bytes(), received: stored, lost, finished }
+        Self { acked: stored.clone(), durable: stored.clone(), received: stored, rewound: false, lost, finished }
     }
 
     /// Everything below was handed to the store.
@@ -87,10 +94,34 @@ impl Receiver {
         self.received.next()
     }
 
-    /// Everything below is durable: what `Welcome` and `Ack` say.
+    /// Everything below is durable: what `Welcome` and `Ack` may say.
     #[must_use]
     pub fn durable(&self) -> u64 {
-        self.durable
+        self.durable.next()
+    }
+
+    /// The account of what was acknowledged.
+    #[must_use]
+    pub fn acked(&self) -> &Tally {
+        &self.acked
+    }
+
+    /// What a `Welcome` or an `Ack` is about to say: everything below is durable. From here on the agent no longer holds
+    /// it.
+    pub fn acknowledge(&mut self) -> u64 {
+        self.acked.clone_from(&self.durable);
+        self.acked.next()
+    }
+
+    /// Whether the end of the log has made the agent send a part of it again.
+    #[must_use]
+    pub fn is_rewound(&self) -> bool {
+        self.rewound
+    }
+
+    /// The attempt was sent again once on an earlier connection.
+    pub fn note_rewound(&mut self) {
+        self.rewound = true;
     }
 
     /// The account of everything received.
@@ -155,7 +186,8 @@ impl Receiver {
 
     fn check_room(&self, records: &[Record]) -> Result<(), AgentViolation> {
         let total = |next: u64, bytes: u64| next.saturating_mul(RECORD_COST).saturating_add(bytes);
-        let unacked = total(self.next(), self.received.bytes()).saturating_sub(total(self.durable, self.durable_bytes));
+        let durable = total(self.durable.next(), self.durable.bytes());
+        let unacked = total(self.next(), self.received.bytes()).saturating_sub(durable);
         let more: u64 = records.iter().map(Record::cost).sum();
         if unacked + more > MAX_WINDOW + MAX_MESSAGE as u64 { Err(AgentViolation::Flooded) } else { Ok(()) }
     }
@@ -170,10 +202,11 @@ impl Receiver {
         if received.expects(record) { Ok(()) } else { Err(AgentViolation::WrongOffset(record.seq)) }
     }
 
-    /// The store has made everything below `next`, with `bytes` of payload in all, durable.
-    pub fn handle_durable(&mut self, next: u64, bytes: u64) {
-        self.durable = self.durable.max(next);
-        self.durable_bytes = self.durable_bytes.max(bytes);
+    /// The store has made everything up to here durable.
+    pub fn handle_durable(&mut self, durable: &Tally) {
+        if durable.next() > self.durable.next() {
+            self.durable.clone_from(durable);
+        }
     }
 
     /// Takes the end in.
@@ -187,28 +220,61 @@ impl Receiver {
         }
         if finished.next > self.next() {
             // Not `next`: the agent forgets what is below.
-            return Ok(Ending::Resume(FinishedAck::Resume(self.durable)));
+            return Ok(Ending::Resume(FinishedAck::Resume(self.acknowledge())));
         }
         if finished.next < self.next() {
             return Err(AgentViolation::OtherEnd);
         }
-        let answer = self.missing(&finished).map_or(FinishedAck::Complete, FinishedAck::Incomplete);
+        let differs = self.differs(&finished);
+        if differs.is_some() && self.may_rewind() {
+            return Ok(Ending::Rewind(FinishedAck::Resume(self.rewind())));
+        }
+        let answer = self.missing(differs).map_or(FinishedAck::Complete, FinishedAck::Incomplete);
         self.finished = Some((finished, answer.clone()));
         Ok(Ending::Accept(answer))
     }
 
+    /// What of the agent's account is not what was stored. When records are lost nothing can agree.
+    fn differs(&self, finished: &Finished) -> Option<&'static str> {
+        if self.lost > 0 {
+            None
+        } else if self.received.counts() != finished.counts {
+            Some("the counts of records and bytes differ from what was stored")
+        } else if self.received.digest() != finished.digest {
+            Some("the digest differs from what was stored")
+        } else {
+            None
+        }
+    }
+
+    /// Whether the agent still holds records that could be sent again, for the first time.
+    fn may_rewind(&self) -> bool {
+        !self.rewound && self.acked.next() < self.next()
+    }
+
+    /// Steps back to what was acknowledged, as if nothing had come after it, and says where that is.
+    fn rewind(&mut self) -> u64 {
+        self.received.clone_from(&self.acked);
+        self.durable.clone_from(&self.acked);
+        self.rewound = true;
+        self.acked.next()
+    }
+
     /// What keeps the log from being complete.
-    fn missing(&self, finished: &Finished) -> Option<String> {
+    fn missing(&self, differs: Option<&str>) -> Option<String> {
         if self.lost > 0 {
             return Some(format!("the server lost {} acknowledged records", self.lost));
         }
-        if self.received.missing_bytes() > 0 {
-            return Some(format!("{} bytes were dropped before they were sent", self.received.missing_bytes()));
-        }
-        if self.received.counts() != finished.counts {
-            return Some("the counts of records and bytes differ from what was stored".into());
-        }
-        (self.received.digest() != finished.digest).then(|| "the digest differs from what was stored".into())
+        let remedy = if self.rewound {
+            "also after the last records were sent again"
+        } else {
+            "and nothing was left that could be sent again"
+        };
+        let dropped = self.received.missing_bytes();
+        let dropped = (dropped > 0).then(|| format!("{dropped} bytes were dropped before they were sent"));
+        let differs = differs.map(|what| format!("{what}, {remedy}"));
+        let reasons: Vec<_> = differs.into_iter().chain(dropped).collect();
+        (!reasons.is_empty()).then(|| reasons.join("; "))
     }
 }
 
@@ -251,8 +317,8 @@ mod tests {
     fn rule_2_received_is_not_yet_durable() {
         let (mut receiver, _) = with_records(2);
         assert_eq!((receiver.next(), receiver.durable()), (2, 0));
-        receiver.handle_durable(2, 6);
-        receiver.handle_durable(1, 3);
+        receiver.handle_durable(with_records(2).0.tally());
+        receiver.handle_durable(with_records(1).0.tally());
         assert_eq!(receiver.durable(), 2);
     }
 
@@ -270,7 +336,7 @@ mod tests {
     #[test]
     fn rule_2_finished_before_its_records_asks_for_them() {
         let (mut receiver, _) = with_records(2);
-        receiver.handle_durable(1, 3);
+        receiver.handle_durable(with_records(1).0.tally());
         let early = Finished { next: 5, ..end_of(&receiver) };
         assert_eq!(receiver.handle_finished(early), Ok(Ending::Resume(FinishedAck::Resume(1))));
         assert!(receiver.finished().is_none());
@@ -311,8 +377,9 @@ mod tests {
 
     #[test]
     fn rule_9_counts_and_digest_are_checked_against_what_was_stored() {
-        let (receiver, _) = with_records(2);
+        let (mut receiver, _) = with_records(2);
         let good = end_of(&receiver);
+        receiver.note_rewound();
         let mut other = good.clone();
         other.digest.0[0] ^= 1;
         let mut fewer = good.clone();
@@ -321,6 +388,51 @@ mod tests {
             let ending = receiver.clone().handle_finished(finished);
             assert_eq!(matches!(ending, Ok(Ending::Accept(FinishedAck::Complete))), complete);
         }
+    }
+
+    #[test]
+    fn rule_9_a_log_that_does_not_add_up_is_sent_again_from_what_was_acknowledged() {
+        let (mut receiver, stored) = with_records(4);
+        let good = end_of(&receiver);
+        receiver = with_records(2).0;
+        receiver.handle_durable(with_records(2).0.tally());
+        assert_eq!(receiver.acknowledge(), 2);
+        receiver.handle_records(&mut vec![output(2, 6, "abc"), output(3, 9, "XYZ")], |_| None).unwrap();
+        receiver.handle_durable(&receiver.tally().clone());
+        let ending = receiver.handle_finished(good.clone());
+        assert_eq!(ending, Ok(Ending::Rewind(FinishedAck::Resume(2))));
+        assert_eq!((receiver.next(), receiver.durable(), receiver.is_rewound()), (2, 2, true));
+        assert_eq!(receiver.tally().digest().0, *blake3::hash(b"abcabc").as_bytes());
+        receiver.handle_records(&mut vec![stored[2].clone(), stored[3].clone()], |_| None).unwrap();
+        assert_eq!(receiver.handle_finished(good), Ok(Ending::Accept(FinishedAck::Complete)));
+    }
+
+    #[test]
+    fn rule_9_a_log_is_sent_again_once_and_the_reason_says_so() {
+        let (mut receiver, stored) = with_records(2);
+        let mut wrong = end_of(&receiver);
+        wrong.digest.0[0] ^= 1;
+        assert_eq!(receiver.handle_finished(wrong.clone()), Ok(Ending::Rewind(FinishedAck::Resume(0))));
+        receiver.handle_records(&mut stored.clone(), |_| None).unwrap();
+        let reason = incomplete(&mut receiver, wrong.clone());
+        assert_eq!(reason, "the digest differs from what was stored, also after the last records were sent again");
+
+        let (mut elsewhere, _) = with_records(2);
+        elsewhere.note_rewound();
+        assert_eq!(incomplete(&mut elsewhere, wrong), reason);
+    }
+
+    #[test]
+    fn rule_9_what_was_acknowledged_cannot_be_sent_again() {
+        let (mut receiver, _) = with_records(2);
+        receiver.handle_durable(&receiver.tally().clone());
+        receiver.acknowledge();
+        let mut wrong = end_of(&receiver);
+        wrong.counts.stdout.bytes -= 1;
+        let reason = incomplete(&mut receiver, wrong);
+        assert!(reason.starts_with("the counts of records and bytes differ"), "{reason}");
+        assert!(reason.ends_with("nothing was left that could be sent again"), "{reason}");
+        assert!(!receiver.is_rewound());
     }
 
     #[test]
@@ -359,6 +471,14 @@ mod tests {
         let tally = receiver.tally();
         let (next, counts, digest) = (tally.next(), tally.counts(), tally.digest());
         Finished { next, counts, digest, end: End::Exited(0), time: 0, usage: None }
+    }
+
+    /// Why an end is accepted and not complete.
+    fn incomplete(receiver: &mut Receiver, finished: Finished) -> String {
+        match receiver.handle_finished(finished) {
+            Ok(Ending::Accept(FinishedAck::Incomplete(reason))) => reason,
+            other => panic!("{other:?}"),
+        }
     }
 
     fn hello(oldest: u64, next: u64) -> Hello {

@@ -88,6 +88,82 @@ proptest! {
     }
 }
 
+proptest! {
+    /// Records arrive with other bytes than were sent, and nobody notices before the end; JSON has no checksums.
+    #[test]
+    fn what_was_damaged_on_the_way_is_sent_again_while_the_agent_holds_it(
+        lens in vec(1..50usize, 1..20),
+        damaged in vec(any::<bool>(), 20),
+        acked in 0..20usize,
+    ) {
+        let mut agent = Agent::new(0);
+        lens.iter().for_each(|len| agent.produce(Stream::Stdout, *len));
+        agent.finish();
+        let acked = acked.min(lens.len());
+        let mut receiver = Receiver::default();
+        agent.sender.handle_connected();
+        agent.sender.handle_frame(welcome(1, 0, MAX_WINDOW, Durable::Memory)).unwrap();
+        let stored = take(&mut agent, &mut receiver, |seq| damaged[seq]);
+        let (tally, _, _) = replay(&stored[..acked]);
+        receiver.handle_durable(&tally);
+        let ack = Ack { next: receiver.acknowledge(), window: MAX_WINDOW };
+        agent.obey(ServerFrame::Ack(ack)).unwrap();
+        let Some(AgentFrame::Finished(finished)) = next_frame(&mut agent) else { panic!("no end") };
+
+        let (early, any) = (damaged[..acked].contains(&true), damaged[..lens.len()].contains(&true));
+        let answer = match receiver.handle_finished(finished.clone()).unwrap() {
+            Ending::Rewind(answer) => {
+                prop_assert!(any && acked < lens.len());
+                prop_assert_eq!(&answer, &FinishedAck::Resume(acked as u64));
+                agent.obey(ServerFrame::FinishedAck(answer)).unwrap();
+                let again = take(&mut agent, &mut receiver, |_| false);
+                prop_assert_eq!(again.len(), lens.len() - acked, "what was acknowledged is not sent again");
+                prop_assert_eq!(next_frame(&mut agent), Some(AgentFrame::Finished(finished.clone())));
+                accepted(receiver.handle_finished(finished).unwrap())
+            }
+            ending @ (Ending::Accept(_) | Ending::Repeat(_) | Ending::Resume(_)) => {
+                prop_assert!(!any || acked == lens.len());
+                accepted(ending)
+            }
+        };
+        prop_assert_eq!(answer == FinishedAck::Complete, !early);
+        agent.obey(ServerFrame::FinishedAck(answer)).unwrap();
+        prop_assert!(agent.sender.is_done());
+    }
+}
+
+/// Lets the receiver take every record that the agent sends, some with other bytes, and returns what is stored of them.
+fn take(agent: &mut Agent, receiver: &mut Receiver, damaged: impl Fn(usize) -> bool) -> Vec<Entry> {
+    let mut stored = Vec::new();
+    while receiver.next() < agent.tally.next() {
+        let Some(AgentFrame::Records(records)) = next_frame(agent) else { panic!("no records") };
+        let mut records: Vec<_> = records
+            .into_iter()
+            .map(|record| if damaged(record.seq as usize) { damage(record) } else { record })
+            .collect();
+        receiver.handle_records(&mut records, |_| None).unwrap();
+        stored.extend(records.into_iter().map(Entry::Record));
+    }
+    stored
+}
+
+fn accepted(ending: Ending) -> FinishedAck {
+    if let Ending::Accept(answer) = ending { answer } else { panic!("not accepted: {ending:?}") }
+}
+
+fn next_frame(agent: &mut Agent) -> Option<AgentFrame> {
+    match agent.sender.poll_transmit()? {
+        Outgoing::Frame(frame) => Some(frame),
+        Outgoing::Message(message) => Some(decode_agent(&message).unwrap()),
+    }
+}
+
+fn damage(record: Record) -> Record {
+    let mut payload = record.payload.to_vec();
+    payload[0] ^= 1;
+    Record::new(record.seq, record.time, record.stream, record.offset, payload.into())
+}
+
 /// One thing that happens. Shares are parts of 255, other numbers are taken modulo what there is.
 #[derive(Debug, Clone)]
 enum Step {
@@ -387,7 +463,7 @@ impl World {
         let log = self.server.log(Some(lease));
         match log.greet(hello) {
             Ok(()) => {
-                let word = welcome(lease.attempt, log.receiver.durable(), self.server.window, self.server.durable);
+                let word = welcome(lease.attempt, log.receiver.acknowledge(), self.server.window, self.server.durable);
                 self.links[at].say(word);
             }
             Err(code) => {
@@ -405,7 +481,7 @@ impl World {
                 answer
             }
             Ending::Repeat(answer) => answer,
-            Ending::Resume(_) => unreachable!("a link keeps the order"),
+            Ending::Resume(_) | Ending::Rewind(_) => unreachable!("a link keeps the order, and its bytes"),
         };
         let complete = answer == FinishedAck::Complete;
         self.links[at].answer = Some(answer);
@@ -418,7 +494,7 @@ impl World {
         let Some(at) = self.current() else { return };
         let window = self.server.window;
         let log = self.server.log(self.links[at].lease);
-        let (next, durable) = (log.receiver.durable(), log.durable == log.entries.len());
+        let (next, durable) = (log.receiver.acknowledge(), log.durable == log.entries.len());
         self.links[at].say(ServerFrame::Ack(Ack { next, window }));
         if let Some(answer) = self.links[at].answer.take_if(|_| durable) {
             self.links[at].say(ServerFrame::FinishedAck(answer));
@@ -694,7 +770,7 @@ impl Log {
     fn sync(&mut self, part: u8) {
         self.durable += share(self.entries.len() - self.durable, part);
         let (tally, _, _) = replay(&self.entries[..self.durable]);
-        self.receiver.handle_durable(tally.next(), tally.bytes());
+        self.receiver.handle_durable(&tally);
     }
 
     /// A new process finds this many entries.

@@ -3,7 +3,7 @@
 pub(crate) mod state;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     io,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -95,11 +95,18 @@ struct Inner {
     attempts: Vec<Arc<AttemptFiles>>,
     /// The connection of each step, to be told when a newer one takes over.
     connections: BTreeMap<StepName, (Lease, CancellationToken)>,
+    /// Attempts whose end has made them send a part of their log again.
+    rewound: BTreeSet<(StepName, Attempt)>,
     /// Since when nothing could be stored.
     storage_failing: Option<Instant>,
 }
 
 impl Inner {
+    fn new(life: Life) -> Self {
+        let (connections, rewound) = (BTreeMap::new(), BTreeSet::new());
+        Self { life, attempts: Vec::new(), connections, rewound, storage_failing: None }
+    }
+
     /// Adds an attempt; `false` when it is known.
     fn note_attempt(&mut self, files: &Arc<AttemptFiles>) -> bool {
         let is_new = !self.attempts.iter().any(|known| known.step == files.step && known.attempt == files.attempt);
@@ -158,12 +165,7 @@ impl Build {
             id,
             token: hash_token(token),
             store,
-            inner: Mutex::new(Inner {
-                life,
-                attempts: Vec::new(),
-                connections: BTreeMap::new(),
-                storage_failing: None,
-            }),
+            inner: Mutex::new(Inner::new(life)),
             changed: watch::Sender::new(0),
             verdict: watch::Sender::new(None),
             cancel: watch::Sender::new(None),
@@ -206,7 +208,7 @@ impl Build {
         Ok(self.take_seat(&step, opened))
     }
 
-    fn take_seat(&self, step: &StepName, opened: Opened) -> Seat {
+    fn take_seat(&self, step: &StepName, mut opened: Opened) -> Seat {
         let superseded = CancellationToken::new();
         let mut inner = self.lock();
         let lease = opened.writer.lease;
@@ -223,10 +225,18 @@ impl Build {
         if inner.note_attempt(files) {
             info!(build = %self.id, %step, attempt = files.attempt, "connected");
         }
+        if inner.rewound.contains(&(step.clone(), files.attempt)) {
+            opened.receiver.note_rewound();
+        }
         inner.life.handle_connected(step, files.attempt, Instant::now());
         drop(inner);
         self.touch();
         Seat { opened, superseded, cancel: self.cancel.subscribe() }
+    }
+
+    /// An attempt is about to send a part of its log again, which it does once.
+    pub(crate) fn note_rewound(&self, files: &AttemptFiles) {
+        self.lock().rewound.insert((files.step.clone(), files.attempt));
     }
 
     /// A connection has ended.
@@ -562,7 +572,7 @@ fn item(files: &AttemptFiles, found: Found) -> LogItem {
 mod tests {
     use std::fs;
 
-    use phonehome_proto::{id::ProducerId, tally::Tally};
+    use phonehome_proto::{frame::Stream, id::ProducerId, receiver::Receiver, tally::Tally};
 
     use super::*;
     use crate::{store::Durability, tasks::Tasks};
@@ -636,6 +646,38 @@ mod tests {
         assert_eq!(after.build.verdict().await.outcome, Outcome::Succeeded);
     }
 
+    /// What was shown once is not shown again, whatever has become of it.
+    #[tokio::test]
+    async fn a_reader_keeps_its_place_when_records_are_taken_back_and_come_again() {
+        let scene = Scene::new();
+        let mut seat = scene.seat(1, "main").await;
+        scene.append(&mut seat, &["one", "two"]).await;
+        let kept = seat.opened.receiver.tally().clone();
+        scene.append(&mut seat, &["bad", "worse"]).await;
+        let mut log = scene.build.log();
+        let shown: Vec<_> = (0..3).map(|_| text(log.try_next().unwrap())).collect();
+        assert_eq!(shown, ["one", "two", "bad"]);
+
+        scene.build.store.rewind(&seat.opened.writer, &kept).await.unwrap();
+        assert_eq!(log.try_next().unwrap(), None);
+        let (files, lost) = (&seat.opened.writer.files, 0);
+        assert_eq!(fs::read(files.dir.join("log")).unwrap(), b"onetwo");
+        seat.opened.receiver = Receiver::resume(kept, lost, None);
+        scene.append(&mut seat, &["three", "four", "five"]).await;
+        let rest: Vec<_> = std::iter::from_fn(|| log.try_next().unwrap()).map(|item| text(Some(item))).collect();
+        assert_eq!(rest, ["four", "five"]);
+        let mut afresh = scene.build.log();
+        let all: Vec<_> = std::iter::from_fn(|| afresh.try_next().unwrap()).map(|item| text(Some(item))).collect();
+        assert_eq!(all, ["one", "two", "three", "four", "five"]);
+    }
+
+    fn text(item: Option<LogItem>) -> String {
+        match item {
+            Some(LogItem::Record(found)) => String::from_utf8(found.record.payload.to_vec()).unwrap(),
+            Some(LogItem::Lost { .. }) | None => panic!("no record: {item:?}"),
+        }
+    }
+
     /// A build and its clock, over a store of its own.
     struct Scene {
         dir: tempfile::TempDir,
@@ -668,6 +710,19 @@ mod tests {
 
         async fn seat(&self, producer: u8, step: &str) -> Seat {
             self.build.seat(hello(producer, step)).await.unwrap()
+        }
+
+        /// Stores one record per text, and waits until they can be read.
+        async fn append(&self, seat: &mut Seat, texts: &[&str]) {
+            let Opened { writer, receiver, progress } = &mut seat.opened;
+            let (mut next, mut offset) = (receiver.next(), receiver.tally().offset(Stream::Stdout));
+            for text in texts {
+                let mut record = vec![Record::new(next, 0, Stream::Stdout, offset, (*text).to_owned().into())];
+                receiver.handle_records(&mut record, |_| None).unwrap();
+                self.build.store.append(writer, record, receiver.tally()).await.unwrap();
+                (next, offset) = (next + 1, offset + text.len() as u64);
+            }
+            progress.wait_for(|progress| progress.next == next).await.unwrap();
         }
 
         /// An end with code 0 and without a record.

@@ -30,7 +30,7 @@ use tracing::{debug, info, trace, warn};
 use crate::{
     builds::{Build, Refusal, Seat, expiry},
     server::Shared,
-    store::Stuck,
+    store::{Opened, Stuck},
 };
 
 /// A socket whose peer has shown a build's token.
@@ -201,7 +201,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     }
 
     async fn talk(&mut self, session: &mut Session) -> Result<(), Hangup> {
-        self.send(ServerFrame::Welcome(self.welcome(session))).await?;
+        let welcome = self.welcome(session);
+        self.send(ServerFrame::Welcome(welcome)).await?;
         let superseded = session.seat.superseded.clone();
         let shutdown = self.shared.shutdown.clone();
         loop {
@@ -231,10 +232,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         }
     }
 
-    fn welcome(&self, session: &Session) -> Welcome {
+    fn welcome(&self, session: &mut Session) -> Welcome {
         Welcome {
             attempt: session.seat.opened.writer.lease.attempt,
-            next: session.seat.opened.receiver.durable(),
+            next: session.seat.opened.receiver.acknowledge(),
             durable: self.shared.store.durability().on_the_wire(),
             window: WINDOW.min(self.window()),
             heartbeat: HEARTBEAT.as_millis() as u64,
@@ -290,7 +291,21 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
                 self.handle_progress(session).await
             }
             Ending::Resume(answer) => self.send(ServerFrame::FinishedAck(answer)).await,
+            Ending::Rewind(answer) => self.rewind(answer, session).await,
         }
+    }
+
+    /// The end does not agree with what is stored: what was not acknowledged is taken back, and the agent sends it again.
+    async fn rewind(&mut self, answer: FinishedAck, session: &mut Session) -> Result<(), Hangup> {
+        let Opened { writer, receiver, progress } = &mut session.seat.opened;
+        warn!(from = receiver.next(), "the end does not agree with what is stored: the last records are sent again");
+        self.build.note_rewound(&writer.files);
+        self.shared.store.rewind(writer, receiver.tally()).await?;
+        session.ack_at = None;
+        if progress.borrow_and_update().failed {
+            return Err(Hangup::Storage);
+        }
+        self.send(ServerFrame::FinishedAck(answer)).await
     }
 
     /// The store has got further.
@@ -300,17 +315,18 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             return Err(Hangup::Storage);
         }
         let receiver = &mut session.seat.opened.receiver;
-        receiver.handle_durable(progress.next, progress.bytes);
-        if progress.next > session.acked && session.acked == session.first {
+        receiver.handle_durable(&progress.tally);
+        let (acked, acked_bytes) = (receiver.acked().next(), receiver.acked().bytes());
+        if progress.next > acked && acked == session.first {
             self.build.handle_storage(true);
         }
         if let Some((finished, answer)) = progress.finished.filter(|_| session.end == EndState::Told) {
             return self.finish(finished, answer, session).await;
         }
-        if progress.bytes.saturating_sub(session.acked_bytes) >= ACK_BYTES {
+        if progress.bytes.saturating_sub(acked_bytes) >= ACK_BYTES {
             return self.acknowledge(session).await;
         }
-        if progress.next > session.acked {
+        if progress.next > acked {
             session.ack_soon(Instant::now());
         }
         Ok(())
@@ -325,12 +341,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     }
 
     async fn acknowledge(&mut self, session: &mut Session) -> Result<(), Hangup> {
-        let progress = session.seat.opened.progress.borrow().clone();
+        let Opened { receiver, progress, .. } = &mut session.seat.opened;
+        receiver.handle_durable(&progress.borrow().tally);
+        let next = receiver.acknowledge();
         session.ack_at = None;
-        session.acked = progress.next;
-        session.acked_bytes = progress.bytes;
         let window = self.window();
-        self.send(ServerFrame::Ack(Ack { next: progress.next, window })).await
+        self.send(ServerFrame::Ack(Ack { next, window })).await
     }
 
     async fn handle_beat(&mut self, session: &mut Session) -> Result<(), Hangup> {
@@ -386,8 +402,6 @@ struct Session {
     heartbeat: Heartbeat,
     /// What was durable when the connection began.
     first: u64,
-    acked: u64,
-    acked_bytes: u64,
     ack_at: Option<Instant>,
     end: EndState,
 }
@@ -403,12 +417,10 @@ enum EndState {
 
 impl Session {
     fn new(mut seat: Seat, jitter: f64) -> Self {
-        let progress = seat.opened.progress.borrow_and_update().clone();
+        let first = seat.opened.progress.borrow_and_update().next;
         Self {
             heartbeat: Heartbeat::asking(Instant::now().into_std(), jitter),
-            first: progress.next,
-            acked: progress.next,
-            acked_bytes: progress.bytes,
+            first,
             ack_at: None,
             end: EndState::Open,
             seat,

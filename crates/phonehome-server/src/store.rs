@@ -90,6 +90,12 @@ enum Job {
         finished: Box<Finished>,
         answer: FinishedAck,
     },
+    /// Takes back what was stored beyond this account.
+    Rewind {
+        writer: Writer,
+        tally: Box<Tally>,
+        reply: oneshot::Sender<io::Result<()>>,
+    },
 }
 
 /// Permission to write to one attempt.
@@ -173,6 +179,17 @@ impl Store {
         self.send(Job::Finish { writer: writer.clone(), finished: Box::new(finished), answer }).await
     }
 
+    /// Takes back every record beyond `tally`, durably. Nothing that the attempt's progress said before this returns may
+    /// be acknowledged.
+    pub(crate) async fn rewind(&self, writer: &Writer, tally: &Tally) -> Result<(), Stuck> {
+        let (reply, done) = oneshot::channel();
+        self.send(Job::Rewind { writer: writer.clone(), tally: Box::new(tally.clone()), reply }).await?;
+        match timeout(PATIENCE, done).await {
+            Ok(Ok(Ok(()))) => Ok(()),
+            Ok(Ok(Err(_)) | Err(_)) | Err(_) => Err(Stuck),
+        }
+    }
+
     /// The attempts that are stored of a build, those of a step in their order.
     pub(crate) fn survey(
         &self,
@@ -225,6 +242,10 @@ fn serve(mut queue: mpsc::Receiver<Job>, mut steps: Steps) {
                 }
                 Job::Append { writer, records, tally } => steps.append(&writer, &records, *tally),
                 Job::Finish { writer, finished, answer } => steps.finish(&writer, *finished, answer),
+                Job::Rewind { writer, tally, reply } => {
+                    let rewound = steps.rewind(&writer, *tally);
+                    drop(reply.send(rewound)); // a connection that is gone does not go on
+                }
             }
         }
         steps.commit();

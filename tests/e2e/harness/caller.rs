@@ -75,6 +75,14 @@ impl Caller {
         self.socket.send(message.into()).await.unwrap();
     }
 
+    /// Sends all of them at once, so that the server has the last when it looks at the first.
+    pub(crate) async fn send_messages(&mut self, messages: impl IntoIterator<Item = tungstenite::Message>) {
+        for message in messages {
+            self.socket.feed(message).await.unwrap();
+        }
+        self.socket.flush().await.unwrap();
+    }
+
     /// Sends to somebody who may have closed already.
     pub(crate) async fn try_send(&mut self, frame: AgentFrame) {
         if let Ok(Message::Binary(bytes)) = self.codec.encode_agent(&frame) {

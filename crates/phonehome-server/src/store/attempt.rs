@@ -45,6 +45,8 @@ pub(crate) struct Progress {
     pub(crate) tally: Arc<Tally>,
     /// Entries in the index.
     pub(crate) entries: u64,
+    /// How often records were taken back, to be sent again.
+    pub(crate) rewinds: u64,
     /// The end and what to answer, once stored.
     pub(crate) finished: Option<(Finished, FinishedAck)>,
     /// The files can no longer be written; they must be opened anew.
@@ -244,6 +246,34 @@ impl AttemptLog {
         if durability == Durability::Fsync { self.index.sync_data() } else { Ok(()) }
     }
 
+    /// Goes back to where `tally` had got to, for the time being without touching what is on disk: [`Self::cut`] does.
+    pub(super) fn step_back(&mut self, tally: Tally) -> io::Result<()> {
+        self.flush(Durability::Os)?; // the way back is read from the index
+        let mut wire = [0; ENTRY];
+        while let Some(last) = self.entries.checked_sub(1) {
+            self.index.read_exact_at(&mut wire, last * ENTRY as u64)?;
+            match Entry::decode(&wire) {
+                Some(Entry::Record { seq, stream, position, .. }) if seq >= tally.next() => {
+                    self.positions[usize::from(!stream.is_output())] = position;
+                }
+                Some(Entry::Record { .. } | Entry::Hole { .. }) => break,
+                None => return Err(io::ErrorKind::InvalidData.into()),
+            }
+            self.entries = last;
+        }
+        self.tally = tally;
+        Ok(())
+    }
+
+    /// Removes from the files what lies beyond the current position.
+    pub(super) fn cut(&mut self, durability: Durability) -> io::Result<()> {
+        self.cut_tail()?;
+        if durability == Durability::Fsync {
+            [&self.index, &self.log, &self.events].into_iter().try_for_each(File::sync_data)?;
+        }
+        Ok(())
+    }
+
     /// Writes the end, whole or not at all.
     pub(super) fn finish(&mut self, finished: Finished, answer: FinishedAck, durability: Durability) -> io::Result<()> {
         let ended = Ended { finished, answer };
@@ -421,6 +451,28 @@ mod tests {
         drop(log);
         let (log, _, _) = AttemptLog::open(dir.path()).unwrap();
         assert_eq!((log.lost, log.tally.next(), log.finished), (5, 6, Some((finished, answer))));
+    }
+
+    #[test]
+    fn what_is_taken_back_is_as_if_it_had_never_been_stored() {
+        let streams = [Stream::Stdout, Stream::Event, Stream::Stderr, Stream::Stdout];
+        let good = ["one\n", r#"{"event":"x"}"#, "two\n", "3"];
+        let bad = ["bad", "{}", "worse\n", "none"];
+        let whole = filled();
+        for kept in 0..=4 {
+            let dir = tempfile::tempdir().unwrap();
+            let mut log = AttemptLog::create(dir.path(), &owner(), Durability::Fsync).unwrap();
+            (0..kept).for_each(|at| append(&mut log, streams[at], good[at]));
+            let tally = log.tally.clone();
+            (kept..4).for_each(|at| append(&mut log, streams[at], bad[at]));
+            log.step_back(tally).unwrap();
+            log.cut(Durability::Fsync).unwrap();
+            (kept..4).for_each(|at| append(&mut log, streams[at], good[at]));
+            for file in ["log", "index", "events"] {
+                let read = |dir: &tempfile::TempDir| fs::read(dir.path().join(file)).unwrap();
+                assert!(read(&dir) == read(&whole), "{file}, {kept} kept");
+            }
+        }
     }
 
     #[test]

@@ -44,19 +44,38 @@ impl AttemptReader {
         })
     }
 
-    /// The next record; `None` when there is none yet.
+    /// The next record; `None` when there is none yet. A record that was returned once is never returned again, also
+    /// when it was taken back and sent again: it has kept its place.
     ///
     /// # Errors
     ///
     /// When the files cannot be read, or do not hold what their index says.
     pub(crate) fn next(&mut self) -> io::Result<Option<Found>> {
-        if self.entry >= self.files.progress.borrow().entries {
+        let (entries, rewinds) = self.reach();
+        if self.entry >= entries {
             return Ok(None);
         }
+        match self.read() {
+            Ok(found) => {
+                self.entry += 1;
+                Ok(Some(found))
+            }
+            Err(_) if self.reach().1 != rewinds => Ok(None), // taken back in this moment, and announced
+            Err(error) => Err(error),
+        }
+    }
+
+    /// How many entries there are, and how often some were taken back.
+    fn reach(&self) -> (u64, u64) {
+        let progress = self.files.progress.borrow();
+        (progress.entries, progress.rewinds)
+    }
+
+    fn read(&mut self) -> io::Result<Found> {
         let mut wire = [0; ENTRY];
         self.index.read_exact_at(&mut wire, self.entry * ENTRY as u64)?;
-        let found = match Entry::decode(&wire) {
-            Some(Entry::Hole { from, to }) => Found::Lost(to - from),
+        match Entry::decode(&wire) {
+            Some(Entry::Hole { from, to }) => Ok(Found::Lost(to - from)),
             Some(Entry::Record { seq, time, stream, offset, position, len, crc }) => {
                 self.buffer.resize(len as usize, 0);
                 let file = if stream.is_output() { &self.log } else { &self.events };
@@ -66,12 +85,10 @@ impl AttemptReader {
                 if !record.is_intact() {
                     return Err(damaged(&self.files));
                 }
-                Found::Record(record)
+                Ok(Found::Record(record))
             }
-            None => return Err(damaged(&self.files)),
-        };
-        self.entry += 1;
-        Ok(Some(found))
+            None => Err(damaged(&self.files)),
+        }
     }
 }
 

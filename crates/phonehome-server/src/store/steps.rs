@@ -114,6 +114,13 @@ impl Steps {
         }
     }
 
+    /// Takes back every record beyond `tally`.
+    pub(super) fn rewind(&mut self, writer: &Writer, tally: Tally) -> io::Result<()> {
+        let durability = self.durability;
+        let Some(current) = self.current(writer) else { return Ok(()) };
+        current.rewind(tally, durability).inspect_err(|error| current.fail(error))
+    }
+
     /// Makes everything written since the last call durable and lets it be known.
     pub(super) fn commit(&mut self) {
         self.dirty.sort_unstable();
@@ -184,6 +191,15 @@ impl Current {
     fn fail(&mut self, error: &io::Error) {
         error!(attempt = %self.files.dir.display(), "cannot write: {error}");
         self.failed = true;
+    }
+
+    /// Takes back every record beyond `tally`. Readers hear of it before the files change, and in this order: whoever
+    /// knew of more entries than are left, and fails to read one, sees that the count of rewinds is another.
+    fn rewind(&mut self, tally: Tally, durability: Durability) -> io::Result<()> {
+        self.log.step_back(tally)?;
+        self.publish();
+        self.files.progress.send_modify(|progress| progress.rewinds += 1);
+        self.log.cut(durability)
     }
 
     fn commit(&mut self, durability: Durability) {
