@@ -414,7 +414,7 @@ impl Build {
 
     /// Writes the verdict down once, in limited time. That there is one already is as good.
     async fn record_verdict(&self, text: &[u8]) -> io::Result<()> {
-        let stored = std::future::ready(self.store.record_verdict(self.id.as_str(), text));
+        let stored = self.store.record_verdict(&self.id, text.to_vec());
         let is_first = timeout(VERDICT_TRY, stored).await??;
         if !is_first {
             warn!(build = %self.id, "there is a verdict already, and the first one stays");
@@ -572,6 +572,7 @@ fn item(files: &AttemptFiles, found: Found) -> LogItem {
 mod tests {
     use std::fs;
 
+    use phonehome_env::{Env, Workers};
     use phonehome_proto::{frame::Stream, id::ProducerId, receiver::Receiver, tally::Tally};
 
     use super::*;
@@ -692,7 +693,9 @@ mod tests {
 
         fn with(steps: &[&str]) -> Self {
             let dir = tempfile::tempdir().unwrap();
-            let store = Store::open(dir.path(), Durability::Os).unwrap();
+            // Its worker is a task, so that time stands still for it too.
+            let env = Env { workers: Workers::Tasks(Arc::new(|| Duration::ZERO)), ..Env::real() };
+            let store = Store::open(&env, dir.path(), Durability::Os, &Tasks::default()).unwrap();
             let steps = steps.iter().map(|step| step.parse().unwrap()).collect();
             let build = Arc::new(Build::new("b".parse().unwrap(), "token", steps, Clocks::default(), store));
             let (tasks, watched) = (Tasks::default(), build.clone());

@@ -314,6 +314,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         if progress.failed {
             return Err(Hangup::Storage);
         }
+        if progress.full || session.full {
+            session.full = progress.full;
+            self.build.handle_storage(!progress.full);
+        }
         let receiver = &mut session.seat.opened.receiver;
         receiver.handle_durable(&progress.tally);
         let (acked, acked_bytes) = (receiver.acked().next(), receiver.acked().bytes());
@@ -404,6 +408,8 @@ struct Session {
     first: u64,
     ack_at: Option<Instant>,
     end: EndState,
+    /// Whether what was received waits for room on the disk.
+    full: bool,
 }
 
 /// How far the end of the log has got on this connection. An end from before it is answered when the agent tells it
@@ -423,6 +429,7 @@ impl Session {
             first,
             ack_at: None,
             end: EndState::Open,
+            full: false,
             seat,
         }
     }

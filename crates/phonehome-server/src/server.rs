@@ -163,8 +163,9 @@ impl Server {
     /// When the data directory cannot be had.
     #[doc(hidden)]
     pub fn deaf(env: Env, config: &Config) -> Result<Self, StartError> {
-        let store =
-            Store::open(&config.data, config.durability).map_err(|e| StartError::Store(config.data.clone(), e))?;
+        let tasks = Tasks::default();
+        let store = Store::open(&env, &config.data, config.durability, &tasks)
+            .map_err(|error| StartError::Store(config.data.clone(), error))?;
         let shared = Arc::new(Shared {
             builds: Builds::default(),
             store,
@@ -174,7 +175,7 @@ impl Server {
             refusals: Mutex::new(None),
         });
         let address = SocketAddr::from(([0, 0, 0, 0], 0));
-        Ok(Self { shared, tasks: Tasks::default(), address, pin: None })
+        Ok(Self { shared, tasks, address, pin: None })
     }
 
     /// The address that was bound.

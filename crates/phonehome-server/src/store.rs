@@ -1,6 +1,6 @@
-//! Where attempts are kept: one thread that owns every file it writes, and readers that follow it.
+//! Where attempts are kept: one worker that owns every file it writes, and readers that follow it.
 //!
-//! All decisions about who may write are made on that thread, in the order in which requests arrive. So no record of a
+//! All decisions about who may write are made by the worker, in the order in which requests arrive. So no record of a
 //! superseded connection can slip in behind its successor's hello, and one round of syncing serves every build.
 //!
 //! On disk, below the data directory, everything can be read with ordinary tools:
@@ -12,24 +12,41 @@
 //! builds/BUILD/STEP/ATTEMPT/index        48 bytes per record, see [`index`]
 //! builds/BUILD/STEP/ATTEMPT/attempt.json whose attempt it is
 //! builds/BUILD/STEP/ATTEMPT/finished.json FINISHED and what was answered, once accepted
+//! reserve                                1 MiB of nothing: given up for ends and verdicts when the disk is full
 //! ```
+//!
+//! A round takes what all connections have handed over, writes payloads and index entries of every attempt, syncs the
+//! files that were written to, and then lets the new progress be known. What has no room stays in memory and is tried
+//! again, while its agent waits for the acknowledgement; other errors end the attempt's connection, and the next hello
+//! goes on from what is durable.
 
 mod attempt;
+mod current;
+#[cfg(test)]
+mod faulty;
 mod index;
+mod log;
 mod reader;
+mod recover;
+mod room;
 mod steps;
+#[allow(dead_code, reason = "what is damaged before the tail will be told apart by it")]
+mod walk;
+mod worker;
 
 use std::{
-    fs, io,
+    io,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
 
+use phonehome_env::{Env, disk::Disk};
 use phonehome_proto::{
     attempts::Lease,
     close::CloseCode,
     frame::{Durable, Finished, FinishedAck, Hello, Record},
+    id::BuildId,
     receiver::Receiver,
     tally::Tally,
 };
@@ -38,11 +55,12 @@ use tokio::{
     time::timeout,
 };
 
-use self::{attempt::write_whole, steps::Steps};
 pub(crate) use self::{
     attempt::{AttemptFiles, Progress},
     reader::{AttemptReader, Found},
 };
+use self::{steps::Steps, worker::Worker};
+use crate::tasks::Tasks;
 
 /// What an acknowledgement promises.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -63,22 +81,18 @@ impl Durability {
     }
 }
 
-/// The way to the store's thread.
+/// The way to the store's worker.
 #[derive(Debug, Clone)]
 pub(crate) struct Store {
     jobs: mpsc::Sender<Job>,
+    disk: Arc<dyn Disk>,
     root: Arc<PathBuf>,
     durability: Durability,
 }
 
-/// What a connection asks of the store.
+/// What is asked of the worker.
 #[derive(Debug)]
 enum Job {
-    Open {
-        hello: Box<Hello>,
-        changed: watch::Sender<u64>,
-        reply: oneshot::Sender<Result<Opened, OpenError>>,
-    },
     /// With the account after these records, so that no byte is hashed twice.
     Append {
         writer: Writer,
@@ -90,12 +104,38 @@ enum Job {
         finished: Box<Finished>,
         answer: FinishedAck,
     },
+    Open {
+        hello: Box<Hello>,
+        changed: watch::Sender<u64>,
+        reply: oneshot::Sender<Result<Opened, OpenError>>,
+    },
     /// Takes back what was stored beyond this account.
     Rewind {
         writer: Writer,
         tally: Box<Tally>,
         reply: oneshot::Sender<io::Result<()>>,
     },
+    Survey {
+        build: BuildId,
+        changed: watch::Sender<u64>,
+        reply: oneshot::Sender<io::Result<Vec<Surveyed>>>,
+    },
+    Verdict {
+        build: BuildId,
+        contents: Vec<u8>,
+        reply: oneshot::Sender<io::Result<bool>>,
+    },
+}
+
+impl Job {
+    /// Payload it holds.
+    fn bytes(&self) -> usize {
+        match self {
+            Self::Append { records, .. } => records.iter().map(|record| record.payload.len()).sum(),
+            Self::Finish { .. } | Self::Open { .. } => 0,
+            Self::Rewind { .. } | Self::Survey { .. } | Self::Verdict { .. } => 0,
+        }
+    }
 }
 
 /// Permission to write to one attempt.
@@ -113,11 +153,12 @@ pub(crate) struct Opened {
     pub(crate) progress: watch::Receiver<Progress>,
 }
 
-/// An attempt that an earlier process left.
+/// An attempt that was found on the disk.
 #[derive(Debug)]
-#[allow(dead_code, reason = "nobody makes one yet")]
 pub(crate) struct Surveyed {
+    /// Its progress is what is stored; a later hello of its agent goes on with the same.
     pub(crate) files: Arc<AttemptFiles>,
+    /// Its end, if it has one, and what was answered.
     pub(crate) finished: Option<(Finished, FinishedAck)>,
 }
 
@@ -132,29 +173,33 @@ pub(crate) enum OpenError {
     Storage(#[from] io::Error),
 }
 
-/// The store did not take a job in time, or its thread is gone.
+/// The store did not take a job in time, or its worker is gone.
 #[derive(Debug, thiserror::Error)]
 #[error("the store does not take records")]
 pub(crate) struct Stuck;
 
-/// Jobs waiting for the thread. Each holds at most one message, so this bounds memory too.
+/// Jobs waiting for the worker. Each holds at most one message, so this bounds memory too.
 const QUEUE: usize = 64;
-
-/// Jobs handled between two rounds of syncing.
-const ROUND: usize = 256;
 
 /// How long a connection waits for the store before it closes with "storage unavailable".
 const PATIENCE: Duration = Duration::from_secs(30);
 
 impl Store {
-    /// Opens or makes the data directory and starts the thread, which ends when the last handle is dropped.
-    pub(crate) fn open(root: &Path, durability: Durability) -> io::Result<Self> {
-        fs::create_dir_all(root.join("builds"))?;
+    /// Opens or makes the data directory and starts the worker, which ends when the last handle is dropped.
+    pub(crate) fn open(env: &Env, root: &Path, durability: Durability, tasks: &Tasks) -> io::Result<Self> {
+        let disk = env.disk.clone();
+        let is_new = !disk.exists(root)?;
+        disk.create_dirs(&root.join("builds"))?;
+        if durability == Durability::Fsync {
+            disk.sync_dir(root)?;
+            match root.parent() {
+                Some(parent) if is_new && parent != Path::new("") => disk.sync_dir(parent)?,
+                Some(_) | None => {}
+            }
+        }
         let (jobs, queue) = mpsc::channel(QUEUE);
-        let root = Arc::new(root.to_owned());
-        let steps = Steps::new(root.join("builds"), durability);
-        std::thread::Builder::new().name("store".into()).spawn(move || serve(queue, steps))?;
-        Ok(Self { jobs, root, durability })
+        Worker::start(env, queue, Steps::new(disk.clone(), root, durability), tasks)?;
+        Ok(Self { jobs, disk, root: Arc::new(root.to_owned()), durability })
     }
 
     pub(crate) fn durability(&self) -> Durability {
@@ -164,9 +209,8 @@ impl Store {
     /// Makes or resumes the attempt of an agent. Every earlier [`Writer`] of the step is void from then on.
     pub(crate) async fn open_attempt(&self, hello: Hello, changed: watch::Sender<u64>) -> Result<Opened, OpenError> {
         let (reply, opened) = oneshot::channel();
-        let gone = |_| OpenError::Storage(io::ErrorKind::BrokenPipe.into());
-        self.send(Job::Open { hello: Box::new(hello), changed, reply }).await.map_err(|Stuck| gone(()))?;
-        opened.await.map_err(|_| gone(()))?
+        self.send(Job::Open { hello: Box::new(hello), changed, reply }).await.map_err(|Stuck| gone())?;
+        opened.await.map_err(|_| gone())?
     }
 
     /// Hands over new records. They are durable when the attempt's progress says so.
@@ -190,15 +234,6 @@ impl Store {
         }
     }
 
-    /// The attempts that are stored of a build, those of a step in their order.
-    pub(crate) fn survey(
-        &self,
-        _build: &phonehome_proto::id::BuildId,
-        _changed: watch::Sender<u64>,
-    ) -> impl Future<Output = io::Result<Vec<Surveyed>>> {
-        std::future::ready(Ok(Vec::new()))
-    }
-
     async fn send(&self, job: Job) -> Result<(), Stuck> {
         match timeout(PATIENCE, self.jobs.send(job)).await {
             Ok(Ok(())) => Ok(()),
@@ -208,46 +243,36 @@ impl Store {
 
     /// Whether a build has its verdict.
     pub(crate) fn has_verdict(&self, build: &str) -> bool {
-        self.root.join("builds").join(build).join("verdict.json").exists()
+        self.disk.exists(&self.root.join("builds").join(build).join("verdict.json")).unwrap_or(false)
     }
 
-    /// Writes a build's verdict, unless it has one already: the first one wins.
-    pub(crate) fn record_verdict(&self, build: &str, verdict: &[u8]) -> io::Result<bool> {
-        let dir = self.root.join("builds").join(build);
-        fs::create_dir_all(&dir)?;
-        if self.has_verdict(build) {
-            return Ok(false);
-        }
-        let path = dir.join("verdict.json");
-        write_whole(&path, verdict, self.durability)?;
-        Ok(true)
+    /// Stores a build's verdict as durably as everything else, after all that was handed over before; `false` when there
+    /// is another one already: the first one wins. The same one may be recorded again, after an error say.
+    ///
+    /// # Errors
+    ///
+    /// When it could not be stored, or it is not known whether it is.
+    pub(crate) async fn record_verdict(&self, build: &BuildId, contents: Vec<u8>) -> io::Result<bool> {
+        let (reply, recorded) = oneshot::channel();
+        let job = Job::Verdict { build: build.clone(), contents, reply };
+        self.jobs.send(job).await.map_err(|_| gone())?;
+        recorded.await.map_err(|_| gone())?
+    }
+
+    /// Every attempt of a build that is on the disk, by step and number. Opening them reads and checks all that was
+    /// stored, at the speed of the disk, and other builds wait meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// When one of them cannot be opened.
+    pub(crate) async fn survey(&self, build: &BuildId, changed: watch::Sender<u64>) -> io::Result<Vec<Surveyed>> {
+        let (reply, surveyed) = oneshot::channel();
+        self.jobs.send(Job::Survey { build: build.clone(), changed, reply }).await.map_err(|_| gone())?;
+        surveyed.await.map_err(|_| gone())?
     }
 }
 
-/// The thread: takes what has gathered, writes it, syncs once, and only then lets anybody know.
-fn serve(mut queue: mpsc::Receiver<Job>, mut steps: Steps) {
-    let mut round = Vec::with_capacity(ROUND);
-    while let Some(job) = queue.blocking_recv() {
-        round.push(job);
-        while round.len() < ROUND
-            && let Ok(job) = queue.try_recv()
-        {
-            round.push(job);
-        }
-        for job in round.drain(..) {
-            match job {
-                Job::Open { hello, changed, reply } => {
-                    let opened = steps.open(*hello, changed);
-                    drop(reply.send(opened)); // a connection that is gone has no use for it
-                }
-                Job::Append { writer, records, tally } => steps.append(&writer, &records, *tally),
-                Job::Finish { writer, finished, answer } => steps.finish(&writer, *finished, answer),
-                Job::Rewind { writer, tally, reply } => {
-                    let rewound = steps.rewind(&writer, *tally);
-                    drop(reply.send(rewound)); // a connection that is gone does not go on
-                }
-            }
-        }
-        steps.commit();
-    }
+/// The worker has ended.
+fn gone() -> io::Error {
+    io::ErrorKind::BrokenPipe.into()
 }

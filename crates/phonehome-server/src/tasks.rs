@@ -17,6 +17,14 @@ impl Tasks {
         });
     }
 
+    /// Starts a task that nobody waits for: it ends when it has nothing more to do, or with all others.
+    pub(crate) fn spawn_aside(&self, task: impl Future<Output = ()> + Send + 'static) {
+        let stop = self.stop.clone();
+        drop(tokio::spawn(async move {
+            stop.run_until_cancelled(task).await;
+        }));
+    }
+
     /// Waits until every task has ended.
     pub(crate) async fn ended(&self) {
         self.tracker.close();

@@ -1,12 +1,14 @@
 //! The index of an attempt: fixed-size entries, so that record n is found at once and a torn one is seen.
 //!
 //! ```text
-//! | seq u64 | time u64 | offset u64 | position u64 | length u32 | crc u32 | stream u8 | 0 0 0 | entry crc u32 |
+//! | seq u64 | time u64 | offset u64 | position u64 | length u32 | crc u32 | stream u8 | first u8 | 0 0 | entry crc u32 |
 //! ```
 //!
 //! Little-endian, 48 bytes. `position` is where the payload starts in `log` (stdout, stderr) or `events`; `crc` is the
 //! record's checksum on the wire; `entry crc` is CRC-32C of the 44 bytes before it. Stream 255 is a hole: records from
-//! `seq` up to `offset` are lost, and no payload belongs to it.
+//! `seq` up to `offset` are lost, and no payload belongs to it. `first` is 1 when everything before the entry was durable
+//! when it was written: it is the first of its round of syncing. So whatever is bad before such an entry was
+//! acknowledged once, and is no torn tail.
 
 use phonehome_proto::frame::{Record, Stream, UnixMicros};
 
@@ -25,12 +27,20 @@ pub(crate) enum Entry {
 }
 
 impl Entry {
+    /// The number of the first record it is about.
+    pub(crate) fn seq(self) -> u64 {
+        match self {
+            Self::Record { seq, .. } | Self::Hole { from: seq, .. } => seq,
+        }
+    }
+
     pub(crate) fn of(record: &Record, position: u64) -> Self {
         let Record { seq, time, stream, offset, crc, .. } = *record;
         Self::Record { seq, time, stream, offset, position, len: record.payload.len() as u32, crc }
     }
 
-    pub(crate) fn encode(self) -> [u8; ENTRY] {
+    /// The bytes of the entry, `first` of its round or not.
+    pub(crate) fn encode(self, first: bool) -> [u8; ENTRY] {
         let (seq, time, offset, position, len, crc, stream) = match self {
             Self::Record { seq, time, stream, offset, position, len, crc } => {
                 (seq, time, offset, position, len, crc, stream.number())
@@ -45,6 +55,7 @@ impl Entry {
         wire[32..36].copy_from_slice(&len.to_le_bytes());
         wire[36..40].copy_from_slice(&crc.to_le_bytes());
         wire[40] = stream;
+        wire[41] = u8::from(first);
         let check = crc32c::crc32c(&wire[..44]);
         wire[44..].copy_from_slice(&check.to_le_bytes());
         wire
@@ -73,6 +84,11 @@ impl Entry {
     }
 }
 
+/// Whether an entry that can be decoded says that everything before it was durable.
+pub(super) fn is_first(wire: &[u8; ENTRY]) -> bool {
+    wire[41] == 1
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -80,10 +96,13 @@ mod tests {
     #[test]
     fn an_entry_is_frozen_and_any_changed_bit_is_seen() {
         let entry = Entry::of(&Record::new(1, 2, Stream::Stderr, 3, "four".into()), 5);
-        let wire = entry.encode();
+        let wire = entry.encode(false);
         assert_eq!(wire[..36], *b"\x01\0\0\0\0\0\0\0\x02\0\0\0\0\0\0\0\x03\0\0\0\0\0\0\0\x05\0\0\0\0\0\0\0\x04\0\0\0");
         assert_eq!(wire[40..44], [1, 0, 0, 0]);
         assert_eq!(Entry::decode(&wire), Some(entry));
+        let first = entry.encode(true);
+        assert_eq!((Entry::decode(&first), first[40..44].to_vec()), (Some(entry), vec![1, 1, 0, 0]));
+        assert!(is_first(&first) && !is_first(&wire));
         for bit in 0..ENTRY * 8 {
             let mut torn = wire;
             torn[bit / 8] ^= 1 << (bit % 8);
@@ -95,6 +114,6 @@ mod tests {
     #[test]
     fn a_hole_is_an_entry() {
         let hole = Entry::Hole { from: 3, to: 9 };
-        assert_eq!(Entry::decode(&hole.encode()), Some(hole));
+        assert_eq!(Entry::decode(&hole.encode(true)), Some(hole));
     }
 }

@@ -1,83 +1,166 @@
-//! Which attempts exist and who may write them: the state of the store's thread.
+//! Which attempts exist and who may write them: the state of the store's worker.
 
 use std::{
-    collections::HashMap,
-    fs, io,
+    collections::{BTreeMap, BTreeSet},
+    io,
     path::{Path, PathBuf},
     sync::Arc,
 };
 
+use phonehome_env::disk::{Disk, is_full, write_whole};
 use phonehome_proto::{
-    attempts::{Attempts, Lease},
+    attempts::Attempts,
     close::CloseCode,
     frame::{Finished, FinishedAck, Hello, Record},
     id::{Attempt, BuildId, StepName},
-    receiver::Receiver,
     tally::Tally,
 };
-use tokio::sync::watch;
-use tracing::error;
+use tokio::{
+    sync::{oneshot, watch},
+    time::Instant,
+};
 
 use super::{
-    Durability, OpenError, Opened, Writer,
-    attempt::{AttemptFiles, AttemptLog, Owner, Progress, report_torn},
+    Durability, OpenError, Opened, Surveyed, Writer,
+    attempt::{AttemptFiles, Owner},
+    current::Current,
+    log::AttemptLog,
+    recover,
+    room::Room,
 };
 
 /// Every step that an agent has said hello for since the start of this process.
+///
+/// All maps are ordered: the same jobs do the same things in the same order, in every run.
 #[derive(Debug)]
 pub(super) struct Steps {
+    disk: Arc<dyn Disk>,
+    /// The builds' directories are in here.
     root: PathBuf,
     durability: Durability,
-    steps: HashMap<(BuildId, StepName), Step>,
-    /// Steps written to since the last commit.
-    dirty: Vec<(BuildId, StepName)>,
+    steps: BTreeMap<Key, Step>,
+    /// Steps with something to commit.
+    dirty: BTreeSet<Key>,
+    verdicts: Vec<NewVerdict>,
+    room: Room,
 }
+
+type Key = (BuildId, StepName);
 
 #[derive(Debug)]
 struct Step {
     attempts: Attempts,
     current: Option<Current>,
+    /// Everything readers may have, by the number of the attempt.
+    known: BTreeMap<Attempt, Arc<AttemptFiles>>,
 }
 
-/// The newest attempt, open for writing.
+/// A verdict that is to be stored with the next commit.
 #[derive(Debug)]
-struct Current {
-    log: AttemptLog,
-    files: Arc<AttemptFiles>,
-    changed: watch::Sender<u64>,
-    failed: bool,
+struct NewVerdict {
+    build: BuildId,
+    contents: Vec<u8>,
+    reply: oneshot::Sender<io::Result<bool>>,
 }
 
 impl Steps {
-    pub(super) fn new(root: PathBuf, durability: Durability) -> Self {
-        Self { root, durability, steps: HashMap::new(), dirty: Vec::new() }
+    /// What lies below a data directory.
+    pub(super) fn new(disk: Arc<dyn Disk>, data: &Path, durability: Durability) -> Self {
+        Self {
+            room: Room::new(disk.clone(), data),
+            disk,
+            root: data.join("builds"),
+            durability,
+            steps: BTreeMap::new(),
+            dirty: BTreeSet::new(),
+            verdicts: Vec::new(),
+        }
+    }
+
+    /// Sets aside what must be there when the disk is full.
+    pub(super) fn prepare(&self) {
+        self.room.prepare();
+    }
+
+    fn dir(&self, (build, step): &Key) -> PathBuf {
+        self.root.join(build.as_str()).join(step.as_str())
+    }
+
+    /// The step, with what an earlier process left of it.
+    fn load(&mut self, key: &Key) -> io::Result<&mut Step> {
+        if !self.steps.contains_key(key) {
+            let step = Step::load(&*self.disk, &self.dir(key))?;
+            self.steps.insert(key.clone(), step);
+        }
+        Ok(self.steps.get_mut(key).expect("it was put there above"))
     }
 
     /// Takes an agent's hello: decides on its attempt, makes or opens the files, and voids every earlier lease.
     pub(super) fn open(&mut self, hello: Hello, changed: watch::Sender<u64>) -> Result<Opened, OpenError> {
-        self.commit(); // what an earlier connection handed over must be counted
         let key = (hello.build.clone(), hello.step.clone());
-        let dir = self.root.join(hello.build.as_str()).join(hello.step.as_str());
-        if !self.steps.contains_key(&key) {
-            self.steps.insert(key.clone(), Step::load(&dir)?);
+        if self.dirty.remove(&key) {
+            self.commit_these(&[&key]); // what an earlier connection handed over must be counted
         }
-        let step = self.steps.get_mut(&key).expect("it was put there above");
-        step.check_memory(&hello)?;
+        let opened = self.admit(&key, &hello, changed);
+        if let Err(OpenError::Storage(error)) = &opened
+            && is_full(error)
+        {
+            self.room.note_full();
+        }
+        opened
+    }
+
+    fn admit(&mut self, key: &Key, hello: &Hello, changed: watch::Sender<u64>) -> Result<Opened, OpenError> {
+        let (disk, dir, durability) = (self.disk.clone(), self.dir(key), self.durability);
+        let step = self.load(key)?;
+        step.check(hello)?;
         let lease = step.attempts.handle_hello(hello.producer).map_err(|code| OpenError::Refused(code, why(code)))?;
         let path = dir.join(lease.attempt.to_string());
         if lease.new {
-            let log = AttemptLog::create(&path, &Owner::from(&hello), self.durability)
+            let log = AttemptLog::create(disk.clone(), &path, &Owner::from(hello), durability)
                 .inspect_err(|_| step.attempts.undo())?;
-            step.current = Some(Current::new(log, new_files(&hello, lease.attempt, path), changed));
-        } else if step.current.as_ref().is_none_or(|current| current.failed) {
-            let (log, _, torn) = AttemptLog::open(&path)?;
-            report_torn(&path, torn);
-            let files =
-                step.current.take().map_or_else(|| new_files(&hello, lease.attempt, path), |failed| failed.files);
+            let files = step.files(&disk, key, lease.attempt, path);
+            step.current = Some(Current::new(log, files, changed));
+        } else if step.current.is_none() {
+            let log = recover::open(&disk, &path, durability)?;
+            let files = step.files(&disk, key, lease.attempt, path);
             step.current = Some(Current::new(log, files, changed));
         }
-        let current = step.current.as_mut().expect("it was opened above");
-        current.greet(&hello, lease, self.durability)
+        step.current.as_mut().expect("it was opened above").greet(hello, lease)
+    }
+
+    /// Every attempt of a build that is on the disk, steps in the order of their names.
+    pub(super) fn survey(&mut self, build: &BuildId, changed: &watch::Sender<u64>) -> io::Result<Vec<Surveyed>> {
+        let dir = self.root.join(build.as_str());
+        let names = if self.disk.exists(&dir)? { self.disk.list(&dir)? } else { Vec::new() };
+        let mut found = Vec::new();
+        for step in names.iter().filter_map(|name| name.to_str()?.parse::<StepName>().ok()) {
+            self.survey_step(&(build.clone(), step), changed, &mut found)?;
+        }
+        Ok(found)
+    }
+
+    fn survey_step(&mut self, key: &Key, changed: &watch::Sender<u64>, found: &mut Vec<Surveyed>) -> io::Result<()> {
+        let (disk, dir, durability) = (self.disk.clone(), self.dir(key), self.durability);
+        let step = self.load(key)?;
+        let newest = step.attempts.count() as Attempt;
+        for attempt in 1..=newest {
+            let is_open = if attempt == newest { step.current.is_some() } else { step.known.contains_key(&attempt) };
+            if !is_open {
+                let path = dir.join(attempt.to_string());
+                let log = recover::open(&disk, &path, durability)?;
+                let files = step.files(&disk, key, attempt, path);
+                let mut opened = Current::new(log, files, changed.clone());
+                opened.close();
+                if attempt == newest {
+                    step.current = Some(opened);
+                }
+            }
+            let Some(files) = step.known.get(&attempt).cloned() else { continue };
+            let finished = files.progress.borrow().finished.clone();
+            found.push(Surveyed { files, finished });
+        }
+        Ok(())
     }
 
     /// The attempt that `writer` may still write to.
@@ -87,148 +170,150 @@ impl Steps {
         if !step.attempts.is_current(writer.lease) {
             return None;
         }
-        self.dirty.push(key);
-        step.current.as_mut().filter(|current| !current.failed)
+        self.dirty.insert(key);
+        step.current.as_mut()
     }
 
-    pub(super) fn append(&mut self, writer: &Writer, records: &[Record], tally: Tally) {
-        let Some(current) = self.current(writer) else { return };
-        match current.log.append(records) {
-            Ok(()) => current.log.tally = tally,
-            Err(error) => current.fail(&error),
+    /// Takes records, for the next commit.
+    pub(super) fn append(&mut self, writer: &Writer, records: Vec<Record>, tally: Box<Tally>) {
+        if let Some(current) = self.current(writer) {
+            current.append(records, tally);
         }
     }
 
+    /// Takes the end, for the next commit.
     pub(super) fn finish(&mut self, writer: &Writer, finished: Finished, answer: FinishedAck) {
-        let durability = self.durability;
-        let Some(current) = self.current(writer) else { return };
-        let stored = current.log.flush(durability).and_then(|()| current.log.finish(finished, answer, durability));
-        match stored {
-            Ok(()) => {
-                let key = (writer.files.build.clone(), writer.files.step.clone());
-                if let Some(step) = self.steps.get_mut(&key) {
-                    step.attempts.finish();
-                }
-            }
-            Err(error) => current.fail(&error),
+        if let Some(current) = self.current(writer) {
+            current.finish(finished, answer);
         }
+    }
+
+    /// Takes a verdict, for the next commit.
+    pub(super) fn settle(&mut self, build: BuildId, contents: Vec<u8>, reply: oneshot::Sender<io::Result<bool>>) {
+        self.verdicts.push(NewVerdict { build, contents, reply });
+    }
+
+    /// When to call [`Self::commit`] though nothing was handed over.
+    pub(super) fn poll_timeout(&self) -> Option<Instant> {
+        self.room.poll_timeout()
     }
 
     /// Takes back every record beyond `tally`.
     pub(super) fn rewind(&mut self, writer: &Writer, tally: Tally) -> io::Result<()> {
-        let durability = self.durability;
-        let Some(current) = self.current(writer) else { return Ok(()) };
-        current.rewind(tally, durability).inspect_err(|error| current.fail(error))
+        match self.current(writer) {
+            Some(current) => current.rewind(tally),
+            None => Ok(()), // its connection hears of that in another way
+        }
     }
 
-    /// Makes everything written since the last call durable and lets it be known.
+    /// Makes everything that was handed over durable and lets it be known. What has no room waits.
     pub(super) fn commit(&mut self) {
-        self.dirty.sort_unstable();
-        self.dirty.dedup();
-        for key in self.dirty.drain(..) {
-            if let Some(current) = self.steps.get_mut(&key).and_then(|step| step.current.as_mut()) {
-                current.commit(self.durability);
+        let due = self.poll_timeout().is_some_and(|at| at <= Instant::now());
+        let mut keys = std::mem::take(&mut self.dirty);
+        if due {
+            keys.extend(self.waiting());
+        } else {
+            keys.retain(|key| !self.steps.get(key).is_some_and(Step::is_full));
+        }
+        self.commit_these(&keys.iter().collect::<Vec<_>>());
+        for NewVerdict { build, contents, reply } in std::mem::take(&mut self.verdicts) {
+            drop(reply.send(self.record_verdict(&build, &contents))); // whoever asked may have gone
+        }
+        if due {
+            let waits = self.waiting().next().is_some();
+            self.room.handle_retry(waits);
+        }
+    }
+
+    /// Steps that have something without room.
+    fn waiting(&self) -> impl Iterator<Item = Key> {
+        self.steps.iter().filter(|(_, step)| step.is_full()).map(|(key, _)| key.clone())
+    }
+
+    /// Writes everything, then syncs everything, and only then lets anybody know.
+    fn commit_these(&mut self, keys: &[&Key]) {
+        self.each(keys, |current, _| {
+            current.write();
+            false
+        });
+        self.each(keys, |current, _| {
+            current.sync();
+            false
+        });
+        self.each(keys, Current::end);
+        self.each(keys, |current, room| {
+            current.publish();
+            if current.is_full() {
+                room.note_full();
+            }
+            false
+        });
+    }
+
+    /// Does something with each attempt, and notes those that have got their end by it.
+    fn each(&mut self, keys: &[&Key], mut work: impl FnMut(&mut Current, &mut Room) -> bool) {
+        for key in keys {
+            if let Some(step) = self.steps.get_mut(key)
+                && let Some(current) = &mut step.current
+                && work(current, &mut self.room)
+            {
+                step.attempts.finish();
             }
         }
+    }
+
+    /// Stores a verdict durably, unless there is another: the first one wins.
+    fn record_verdict(&mut self, build: &BuildId, contents: &[u8]) -> io::Result<bool> {
+        let (dir, durable) = (self.root.join(build.as_str()), self.durability == Durability::Fsync);
+        let path = dir.join("verdict.json");
+        // The same one again was perhaps not stored as it should be when it was tried before.
+        if self.disk.exists(&path)? && self.disk.read(&path)? != contents {
+            return Ok(false);
+        }
+        self.room.spend(|| {
+            self.disk.create_dirs(&dir)?;
+            write_whole(&*self.disk, &path, contents, durable)?;
+            if durable { self.disk.sync_dir(&self.root) } else { Ok(()) }
+        })?;
+        for (_, step) in self.steps.iter_mut().filter(|((of, _), _)| of == build) {
+            step.current.iter_mut().for_each(Current::close);
+        }
+        Ok(true)
     }
 }
 
 impl Step {
     /// Takes up what an earlier process left.
-    fn load(dir: &Path) -> io::Result<Self> {
+    fn load(disk: &dyn Disk, dir: &Path) -> io::Result<Self> {
         let mut owners = Vec::new();
         let mut finished = false;
         for attempt in 1.. {
             let path = dir.join(attempt.to_string());
-            let Ok(owner) = fs::read(path.join("attempt.json")) else { break };
-            owners.push(serde_json::from_slice::<Owner>(&owner)?.producer);
-            finished = path.join("finished.json").try_exists()?;
+            let Some(owner) = Owner::read(disk, &path)? else { break };
+            owners.push(owner.producer);
+            finished = disk.exists(&path.join("finished.json"))?;
         }
-        Ok(Self { attempts: Attempts::resume(owners, finished), current: None })
+        Ok(Self { attempts: Attempts::resume(owners, finished), current: None, known: BTreeMap::new() })
     }
-}
 
-impl Step {
+    /// What readers have of an attempt.
+    fn files(&mut self, disk: &Arc<dyn Disk>, key: &Key, attempt: Attempt, dir: PathBuf) -> Arc<AttemptFiles> {
+        let new = || AttemptFiles::new(disk.clone(), key.0.clone(), key.1.clone(), attempt, dir);
+        self.known.entry(attempt).or_insert_with(new).clone()
+    }
+
+    fn is_full(&self) -> bool {
+        self.current.as_ref().is_some_and(Current::is_full)
+    }
+
     /// Refuses a hello that knows less than is stored, before it voids anybody's lease: an old one of the same agent may
     /// have been under way longer than the newer.
-    fn check_memory(&self, hello: &Hello) -> Result<(), OpenError> {
-        let Some(current) = &self.current else { return Ok(()) };
-        if self.attempts.is_newest(hello.producer) {
-            Receiver::resume(current.log.tally.clone(), 0, None).handle_hello(hello)?;
+    fn check(&self, hello: &Hello) -> Result<(), OpenError> {
+        match &self.current {
+            Some(current) if self.attempts.is_newest(hello.producer) => Ok(current.check(hello)?),
+            Some(_) | None => Ok(()),
         }
-        Ok(())
     }
-}
-
-impl Current {
-    fn new(log: AttemptLog, files: Arc<AttemptFiles>, changed: watch::Sender<u64>) -> Self {
-        let current = Self { log, files, changed, failed: false };
-        current.publish();
-        current
-    }
-
-    fn greet(&mut self, hello: &Hello, lease: Lease, durability: Durability) -> Result<Opened, OpenError> {
-        let log = &mut self.log;
-        let mut receiver = Receiver::resume(log.tally.clone(), log.lost, log.finished.clone());
-        let stored = receiver.next();
-        if let Some(oldest) = receiver.handle_hello(hello)? {
-            log.hole(stored, oldest);
-            log.tally.skip_to(oldest);
-            log.lost += oldest - stored;
-            if let Err(error) = log.flush(durability) {
-                self.fail(&error);
-                return Err(error.into());
-            }
-            receiver = Receiver::resume(log.tally.clone(), log.lost, log.finished.clone());
-            self.publish();
-        }
-        let progress = self.files.progress.subscribe();
-        Ok(Opened { writer: Writer { files: self.files.clone(), lease }, receiver, progress })
-    }
-
-    /// A file that failed once is not believed again in this process (a later fsync would report success for pages that
-    /// were dropped); the next hello opens it from what the disk has.
-    fn fail(&mut self, error: &io::Error) {
-        error!(attempt = %self.files.dir.display(), "cannot write: {error}");
-        self.failed = true;
-    }
-
-    /// Takes back every record beyond `tally`. Readers hear of it before the files change, and in this order: whoever
-    /// knew of more entries than are left, and fails to read one, sees that the count of rewinds is another.
-    fn rewind(&mut self, tally: Tally, durability: Durability) -> io::Result<()> {
-        self.log.step_back(tally)?;
-        self.publish();
-        self.files.progress.send_modify(|progress| progress.rewinds += 1);
-        self.log.cut(durability)
-    }
-
-    fn commit(&mut self, durability: Durability) {
-        if !self.failed
-            && let Err(error) = self.log.flush(durability)
-        {
-            self.fail(&error);
-        }
-        self.publish();
-    }
-
-    fn publish(&self) {
-        self.files.progress.send_modify(|progress| {
-            progress.failed = self.failed;
-            if !self.failed {
-                progress.next = self.log.tally.next();
-                progress.bytes = self.log.tally.bytes();
-                progress.tally = Arc::new(self.log.tally.clone());
-                progress.entries = self.log.entries();
-                progress.finished.clone_from(&self.log.finished);
-            }
-        });
-        self.changed.send_modify(|version| *version += 1);
-    }
-}
-
-fn new_files(hello: &Hello, attempt: Attempt, dir: PathBuf) -> Arc<AttemptFiles> {
-    let (build, step) = (hello.build.clone(), hello.step.clone());
-    Arc::new(AttemptFiles { build, step, attempt, dir, progress: watch::Sender::new(Progress::default()) })
 }
 
 fn why(code: CloseCode) -> &'static str {

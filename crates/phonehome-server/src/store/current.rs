@@ -1,0 +1,217 @@
+//! The newest attempt of a step, and what waits to be stored in it.
+
+use std::{io, mem, sync::Arc};
+
+use phonehome_env::disk::is_full;
+use phonehome_proto::{
+    attempts::Lease,
+    frame::{Finished, FinishedAck, Hello, Record},
+    receiver::{AgentViolation, Receiver},
+    tally::Tally,
+};
+use tokio::sync::watch;
+use tracing::error;
+
+use super::{
+    OpenError, Opened, Writer,
+    attempt::AttemptFiles,
+    log::{AttemptLog, Batch},
+    room::Room,
+};
+
+/// An attempt that may be written to.
+#[derive(Debug)]
+pub(super) struct Current {
+    log: AttemptLog,
+    files: Arc<AttemptFiles>,
+    changed: watch::Sender<u64>,
+    /// Handed over and not written yet, in order. Not more than an agent may have unacknowledged.
+    waiting: Vec<Batch>,
+    /// The end, handed over and not written yet.
+    end: Option<(Finished, FinishedAck)>,
+    state: State,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Works,
+    /// What waits has no room. It is tried again, nothing is wrong with the files.
+    Full,
+    /// Nothing is written until a hello brings it back to what is durable.
+    Failed,
+}
+
+impl Current {
+    pub(super) fn new(log: AttemptLog, files: Arc<AttemptFiles>, changed: watch::Sender<u64>) -> Self {
+        let mut current = Self { log, files, changed, waiting: Vec::new(), end: None, state: State::Works };
+        current.release();
+        current.publish();
+        current
+    }
+
+    pub(super) fn is_full(&self) -> bool {
+        self.state == State::Full
+    }
+
+    pub(super) fn is_finished(&self) -> bool {
+        self.log.finished().is_some()
+    }
+
+    fn receiver(&self) -> Receiver {
+        let stored = self.log.durable();
+        Receiver::resume(stored.tally.clone(), stored.lost, self.log.finished().cloned())
+    }
+
+    /// Whether a hello fits what is stored.
+    pub(super) fn check(&self, hello: &Hello) -> Result<(), AgentViolation> {
+        let lost = self.receiver().handle_hello(hello)?;
+        if lost.is_some() && self.is_finished() { Err(AgentViolation::OtherEnd) } else { Ok(()) }
+    }
+
+    /// Gives an agent what is stored to go on with. What an earlier connection handed over and is not stored by now, it
+    /// will send again.
+    pub(super) fn greet(&mut self, hello: &Hello, lease: Lease) -> Result<Opened, OpenError> {
+        self.waiting.clear();
+        self.end = None;
+        self.revive()?;
+        if let Some(oldest) = self.receiver().handle_hello(hello)? {
+            let stored = self.log.hole(oldest).and_then(|()| self.log.sync());
+            if let Err(error) = stored {
+                if !is_full(&error) {
+                    self.fail(&error);
+                }
+                return Err(error.into());
+            }
+        }
+        self.publish();
+        let progress = self.files.progress.subscribe();
+        Ok(Opened { writer: Writer { files: self.files.clone(), lease }, receiver: self.receiver(), progress })
+    }
+
+    fn revive(&mut self) -> Result<(), OpenError> {
+        if self.state == State::Failed && self.log.revive()? {
+            self.files.close_index();
+            self.files.progress.send_modify(|progress| progress.generation += 1);
+        }
+        self.state = State::Works;
+        Ok(())
+    }
+
+    pub(super) fn append(&mut self, records: Vec<Record>, tally: Box<Tally>) {
+        if self.state != State::Failed {
+            self.waiting.push(Batch { records, tally });
+        }
+    }
+
+    pub(super) fn finish(&mut self, finished: Finished, answer: FinishedAck) {
+        if self.state != State::Failed {
+            self.end = Some((finished, answer));
+        }
+    }
+
+    /// Takes back every record beyond `tally`. Readers hear of it before the files change, and in this order: whoever
+    /// knew of more entries than are left, and fails to read one, sees that the count of rewinds is another.
+    pub(super) fn rewind(&mut self, tally: Tally) -> io::Result<()> {
+        self.waiting.clear(); // the agent sends it again
+        if self.state != State::Works {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        let rewound = self.log.step_back(tally).and_then(|()| {
+            self.publish();
+            self.files.progress.send_modify(|progress| progress.rewinds += 1);
+            self.log.cut()
+        });
+        rewound.inspect_err(|error| self.fail(error))
+    }
+
+    /// The first step of a commit: writes what waits, as much as there is room for.
+    pub(super) fn write(&mut self) {
+        let mut count = if self.is_full() { 1.min(self.waiting.len()) } else { self.waiting.len() };
+        while count > 0 {
+            match self.log.append(&self.waiting[..count]) {
+                Ok(()) => {
+                    self.waiting.drain(..count);
+                    count = self.waiting.len();
+                    self.state = State::Works;
+                }
+                Err(error) if is_full(&error) && count > 1 => count /= 2,
+                Err(error) => return self.handle_error(&error),
+            }
+        }
+    }
+
+    /// The second: makes what was written durable.
+    pub(super) fn sync(&mut self) {
+        if self.state != State::Failed
+            && let Err(error) = self.log.sync()
+        {
+            self.fail(&error);
+        }
+    }
+
+    /// The third: writes the end behind the last record. Tells whether it did.
+    pub(super) fn end(&mut self, room: &mut Room) -> bool {
+        if self.state == State::Failed || !self.waiting.is_empty() {
+            return false;
+        }
+        let Some((finished, answer)) = &self.end else { return false };
+        match room.spend(|| self.log.finish(finished.clone(), answer.clone())) {
+            Ok(()) => {
+                self.end = None;
+                self.state = State::Works;
+                self.release();
+                true
+            }
+            Err(error) => {
+                self.handle_error(&error);
+                false
+            }
+        }
+    }
+
+    /// The last: lets it be known.
+    pub(super) fn publish(&self) {
+        self.files.progress.send_modify(|progress| {
+            progress.failed = self.state == State::Failed;
+            progress.full = self.state == State::Full;
+            if !progress.failed {
+                let durable = self.log.durable();
+                progress.next = durable.tally.next();
+                progress.bytes = durable.tally.bytes();
+                progress.tally = Arc::new(durable.tally.clone());
+                progress.entries = durable.entries;
+                progress.finished = self.log.finished().cloned();
+            }
+        });
+        self.changed.send_modify(|version| *version += 1);
+    }
+
+    /// Closes the files of an attempt that has its end.
+    fn release(&mut self) {
+        if self.is_finished() {
+            self.close();
+        }
+    }
+
+    /// Closes the files until somebody writes again.
+    pub(super) fn close(&mut self) {
+        self.log.close();
+        self.files.close_index();
+    }
+
+    fn handle_error(&mut self, error: &io::Error) {
+        if is_full(error) {
+            self.state = State::Full;
+        } else {
+            self.fail(error);
+        }
+    }
+
+    /// Gives up until the next hello.
+    fn fail(&mut self, error: &io::Error) {
+        error!(attempt = %self.files.dir.display(), "cannot write: {error}");
+        self.state = State::Failed;
+        drop(mem::take(&mut self.waiting)); // the agent has it still
+        self.end = None;
+    }
+}

@@ -1,0 +1,443 @@
+//! The writing side of an attempt's files. Only the store's worker has one.
+
+use std::{
+    io::{self, IoSlice},
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use phonehome_env::disk::{Disk, File, Open, is_full, write_whole};
+use phonehome_proto::{
+    frame::{Finished, FinishedAck, Record, Stream},
+    tally::Tally,
+};
+
+use super::{
+    Durability,
+    attempt::{Ended, Owner},
+    index::{ENTRY, Entry},
+};
+
+/// One attempt's files and how far they have got.
+///
+/// What is appended is written, payloads and index entries alike, and [`Self::sync`] makes all of it durable at once.
+/// Nothing orders payloads before entries on their way to the disk, and nothing has to: an entry is believed only when
+/// its payload's checksum agrees, and neither is acknowledged before both are synced.
+#[derive(Debug)]
+pub(super) struct AttemptLog {
+    disk: Arc<dyn Disk>,
+    dir: PathBuf,
+    durability: Durability,
+    /// In the order of [`NAMES`]; closed while nobody writes.
+    open: Option<[Box<dyn File>; 3]>,
+    /// Files written to since they were synced.
+    touched: [bool; 3],
+    /// Files whose sync failed. They are not written to, synced or believed any more.
+    broken: [bool; 3],
+    written: Point,
+    durable: Point,
+    finished: Option<(Finished, FinishedAck)>,
+}
+
+/// How far a log has got.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Point {
+    /// Where the next payload goes in `log` and in `events`.
+    pub(super) positions: [u64; 2],
+    pub(super) entries: u64,
+    pub(super) tally: Tally,
+    /// Records that were acknowledged once and are gone.
+    pub(super) lost: u64,
+}
+
+impl Point {
+    /// How long each file is.
+    pub(super) fn ends(&self) -> [u64; 3] {
+        [self.positions[0], self.positions[1], self.entries * ENTRY as u64]
+    }
+}
+
+/// Records of one message, and the account after them.
+#[derive(Debug)]
+pub(super) struct Batch {
+    pub(super) records: Vec<Record>,
+    pub(super) tally: Box<Tally>,
+}
+
+/// The files that grow.
+pub(super) const NAMES: [&str; 3] = ["log", "events", "index"];
+
+impl AttemptLog {
+    /// Makes an attempt, durably: before anybody hears of it, its directory says whose it is.
+    pub(super) fn create(disk: Arc<dyn Disk>, dir: &Path, owner: &Owner, durability: Durability) -> io::Result<Self> {
+        disk.create_dirs(dir)?;
+        let mut log = Self::resume(disk, dir, durability, Point::default(), None);
+        for (file, name) in log.files()?.iter().zip(NAMES) {
+            if !file.is_empty()? {
+                let told = format!("{} has no owner: move {} aside", dir.join(name).display(), dir.display());
+                return Err(io::Error::new(io::ErrorKind::InvalidData, told));
+            }
+        }
+        let durable = durability == Durability::Fsync;
+        write_whole(&*log.disk, &dir.join("attempt.json"), &serde_json::to_vec_pretty(owner)?, durable)?;
+        if durable {
+            dir.ancestors().skip(1).take(3).try_for_each(|above| log.disk.sync_dir(above))?;
+        }
+        Ok(log)
+    }
+
+    /// Goes on at a point up to which everything is durable.
+    pub(super) fn resume(
+        disk: Arc<dyn Disk>,
+        dir: &Path,
+        durability: Durability,
+        at: Point,
+        finished: Option<(Finished, FinishedAck)>,
+    ) -> Self {
+        Self {
+            disk,
+            dir: dir.to_owned(),
+            durability,
+            open: None,
+            touched: [false; 3],
+            broken: [false; 3],
+            written: at.clone(),
+            durable: at,
+            finished,
+        }
+    }
+
+    pub(super) fn durable(&self) -> &Point {
+        &self.durable
+    }
+
+    pub(super) fn finished(&self) -> Option<&(Finished, FinishedAck)> {
+        self.finished.as_ref()
+    }
+
+    fn files(&mut self) -> io::Result<&[Box<dyn File>; 3]> {
+        if self.open.is_none() {
+            self.open = Some(open_all(&*self.disk, &self.dir)?);
+        }
+        Ok(self.open.as_ref().expect("it was opened above"))
+    }
+
+    /// Closes the files until somebody writes again.
+    pub(super) fn close(&mut self) {
+        if self.touched == [false; 3] {
+            self.open = None; // the next to open them need not know of errors between
+        }
+    }
+
+    /// Writes records behind what is there. When there is no room for all of them, none are there.
+    pub(super) fn append(&mut self, batches: &[Batch]) -> io::Result<()> {
+        let Some(last) = batches.last() else { return Ok(()) };
+        let mut after = self.written.clone();
+        let mut payloads = [Vec::new(), Vec::new()];
+        let mut entries = Vec::new();
+        for record in batches.iter().flat_map(|batch| &batch.records) {
+            let file = usize::from(!record.stream.is_output());
+            let first = after.entries == self.durable.entries;
+            entries.extend_from_slice(&Entry::of(record, after.positions[file]).encode(first));
+            payloads[file].push(IoSlice::new(&record.payload));
+            if !record.stream.is_output() {
+                payloads[file].push(IoSlice::new(b"\n"));
+            }
+            after.positions[file] += stored_len(record.stream, record.payload.len() as u32);
+            after.entries += 1;
+        }
+        after.tally.clone_from(&last.tally);
+        let [mut log, mut events] = payloads;
+        self.write([&mut log, &mut events, &mut vec![IoSlice::new(&entries)]], after)
+    }
+
+    /// Notes that the records up to `to` are gone.
+    pub(super) fn hole(&mut self, to: u64) -> io::Result<()> {
+        let from = self.written.tally.next();
+        let mut after = self.written.clone();
+        after.tally.skip_to(to);
+        after.lost += to - from;
+        after.entries += 1;
+        let entry = Entry::Hole { from, to }.encode(self.written.entries == self.durable.entries);
+        self.write([&mut Vec::new(), &mut Vec::new(), &mut vec![IoSlice::new(&entry)]], after)
+    }
+
+    /// Writes to each file what belongs there, and takes all of it back when there is no room for a part.
+    fn write(&mut self, contents: [&mut Vec<IoSlice<'_>>; 3], after: Point) -> io::Result<()> {
+        let ends = self.written.ends();
+        let mut touched = self.touched;
+        let files = self.files()?;
+        for (at, slices) in contents.into_iter().enumerate().filter(|(_, slices)| !slices.is_empty()) {
+            touched[at] = true;
+            if let Err(error) = files[at].write_all_at(slices, ends[at]) {
+                if is_full(&error) {
+                    (0..=at).try_for_each(|at| files[at].set_len(ends[at]))?;
+                }
+                self.touched = touched;
+                return Err(error);
+            }
+        }
+        self.touched = touched;
+        self.written = after;
+        Ok(())
+    }
+
+    /// Makes everything appended durable.
+    pub(super) fn sync(&mut self) -> io::Result<()> {
+        if self.durability == Durability::Fsync && self.touched != [false; 3] {
+            let touched = self.touched;
+            for at in (0..NAMES.len()).filter(|&at| touched[at]) {
+                let synced = self.files()?[at].sync();
+                self.broken[at] |= synced.is_err();
+                synced?;
+                self.touched[at] = false;
+            }
+        }
+        self.touched = [false; 3];
+        self.durable.clone_from(&self.written);
+        Ok(())
+    }
+
+    /// Goes back to where `tally` had got to, for the time being without touching what is on disk: [`Self::cut`] does.
+    pub(super) fn step_back(&mut self, tally: Tally) -> io::Result<()> {
+        let mut back = self.written.clone();
+        let mut wire = [0; ENTRY];
+        while let Some(last) = back.entries.checked_sub(1) {
+            self.files()?[2].read_exact_at(&mut wire, last * ENTRY as u64)?;
+            match Entry::decode(&wire) {
+                Some(Entry::Record { seq, stream, position, .. }) if seq >= tally.next() => {
+                    back.positions[usize::from(!stream.is_output())] = position;
+                }
+                Some(Entry::Record { .. } | Entry::Hole { .. }) => break,
+                None => return Err(io::ErrorKind::InvalidData.into()),
+            }
+            back.entries = last;
+        }
+        back.tally = tally;
+        self.durable = back.clone();
+        self.written = back;
+        Ok(())
+    }
+
+    /// Removes from the files what lies beyond the current position, durably.
+    pub(super) fn cut(&mut self) -> io::Result<()> {
+        let ends = self.written.ends();
+        for (file, end) in self.files()?.iter().zip(ends) {
+            file.set_len(end)?;
+        }
+        self.touched = [true; 3];
+        self.sync()
+    }
+
+    /// Writes the end, whole or not at all.
+    pub(super) fn finish(&mut self, finished: Finished, answer: FinishedAck) -> io::Result<()> {
+        let ended = Ended { finished, answer };
+        let contents = serde_json::to_vec_pretty(&ended)?;
+        write_whole(&*self.disk, &self.dir.join("finished.json"), &contents, self.durability == Durability::Fsync)?;
+        self.finished = Some((ended.finished, ended.answer));
+        Ok(())
+    }
+
+    /// Goes back to what is durable, after an error. What is known of it in memory is right still, so that nothing is
+    /// read again, with one exception: a file whose sync failed is given up, and a copy of what was durable before takes
+    /// its place. Tells whether there is such a copy.
+    pub(super) fn revive(&mut self) -> io::Result<bool> {
+        self.open = None;
+        let ends = self.durable.ends();
+        let copied = self.broken != [false; 3];
+        for at in (0..NAMES.len()).filter(|&at| self.broken[at]) {
+            copy(&*self.disk, &self.dir.join(NAMES[at]), ends[at])?;
+        }
+        if copied {
+            self.disk.sync_dir(&self.dir)?;
+        }
+        let files = open_all(&*self.disk, &self.dir)?;
+        for (file, end) in files.iter().zip(ends) {
+            if file.len()? < end {
+                let told = format!("{} has lost what was synced", self.dir.display());
+                return Err(io::Error::new(io::ErrorKind::InvalidData, told));
+            }
+            file.set_len(end)?;
+        }
+        self.open = Some(files);
+        self.broken = [false; 3];
+        self.touched = [false; 3];
+        self.written.clone_from(&self.durable);
+        Ok(copied)
+    }
+}
+
+pub(super) fn open_all(disk: &dyn Disk, dir: &Path) -> io::Result<[Box<dyn File>; 3]> {
+    let [log, events, index] = NAMES.map(|name| disk.open(&dir.join(name), Open::Write));
+    Ok([log?, events?, index?])
+}
+
+/// Replaces a file by a copy of its first bytes. Its directory is the caller's to sync.
+fn copy(disk: &dyn Disk, path: &Path, len: u64) -> io::Result<()> {
+    let fresh_path = fresh(path);
+    let (source, target) = (disk.open(path, Open::Read)?, disk.open(&fresh_path, Open::Write)?);
+    target.set_len(0)?;
+    let mut block = vec![0; COPY_BLOCK];
+    let mut position = 0;
+    while position < len {
+        let count = COPY_BLOCK.min(usize::try_from(len - position).unwrap_or(COPY_BLOCK));
+        source.read_exact_at(&mut block[..count], position)?;
+        target.write_all_at(&mut [IoSlice::new(&block[..count])], position)?;
+        position += count as u64;
+    }
+    target.sync()?;
+    disk.rename(&fresh_path, path)
+}
+
+/// Bytes copied at a time.
+const COPY_BLOCK: usize = 1024 * 1024;
+
+/// Where a file's successor is written.
+pub(super) fn fresh(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".new");
+    name.into()
+}
+
+/// What a payload takes in its file: an event is followed by a newline.
+pub(super) fn stored_len(stream: Stream, len: u32) -> u64 {
+    u64::from(len) + u64::from(!stream.is_output())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::faulty::{Agent, FaultyDisk};
+
+    #[test]
+    fn only_files_that_were_written_to_are_synced() {
+        let mut scene = Scene::new();
+        scene.disk.seen();
+        scene.append(Stream::Stdout, "one\n").unwrap();
+        assert_eq!(scene.synced(), ["sync log", "sync index"]);
+        scene.append(Stream::Event, "{}").unwrap();
+        assert_eq!(scene.synced(), ["sync events", "sync index"]);
+        scene.log.sync().unwrap();
+        assert!(scene.synced().is_empty());
+    }
+
+    #[test]
+    fn what_has_no_room_leaves_nothing_behind() {
+        for operation in ["write log", "write events", "write index"] {
+            let mut scene = Scene::new();
+            scene.append(Stream::Stdout, "one\n").unwrap();
+            let before = scene.lens();
+            scene.disk.fail_always(operation, io::ErrorKind::StorageFull);
+            let records = vec![scene.agent.write(Stream::Stderr, "two\n"), scene.agent.write(Stream::Event, "{}")];
+            let batch = [Batch { records, tally: Box::new(scene.agent.tally.clone()) }];
+            assert!(is_full(&scene.log.append(&batch).unwrap_err()), "{operation}");
+            assert_eq!(scene.lens(), before, "{operation}");
+            scene.disk.heal();
+            scene.log.append(&batch).and_then(|()| scene.log.sync()).unwrap();
+            assert_eq!((scene.log.durable().entries, scene.contents("log")), (3, "one\ntwo\n".to_owned()));
+        }
+    }
+
+    #[test]
+    fn after_a_failed_write_the_log_goes_on_where_it_is_durable() {
+        for operation in ["write log", "write index"] {
+            let mut scene = Scene::new();
+            scene.append(Stream::Stdout, "one\n").unwrap();
+            let record = scene.fail_once(operation, "two\n");
+            scene.disk.seen();
+            assert!(!scene.log.revive().unwrap());
+            assert!(scene.disk.seen().iter().all(|seen| !seen.starts_with("write")), "nothing is copied");
+            scene.store(record).unwrap();
+            assert_eq!((scene.log.durable().entries, scene.contents("log")), (2, "one\ntwo\n".to_owned()));
+        }
+    }
+
+    #[test]
+    fn a_file_whose_sync_failed_is_replaced_by_what_was_durable() {
+        for file in NAMES {
+            let mut scene = Scene::new();
+            scene.append(Stream::Stdout, "one\n").unwrap();
+            scene.append(Stream::Event, "{}").unwrap();
+            let old = scene.log.files().unwrap().iter().map(|file| file.len().unwrap()).collect::<Vec<_>>();
+            scene.disk.fail(move |seen| (seen == format!("sync {file}")).then_some(io::ErrorKind::Other));
+            let records = vec![scene.agent.write(Stream::Stdout, "two\n"), scene.agent.write(Stream::Event, "{}")];
+            let batch = [Batch { records, tally: Box::new(scene.agent.tally.clone()) }];
+            scene.log.append(&batch).and_then(|()| scene.log.sync()).unwrap_err();
+            assert_eq!(scene.log.durable().entries, 2, "{file}");
+            scene.disk.heal();
+            scene.disk.seen();
+            assert!(scene.log.revive().unwrap());
+            let seen = scene.disk.seen();
+            let steps = [format!("write {file}.new"), format!("sync {file}.new"), format!("rename {file}")];
+            let places = steps.map(|step| seen.iter().position(|seen| *seen == step).expect("the file is copied"));
+            assert!(places.is_sorted() && seen.contains(&"syncdir 1".to_owned()), "{seen:?}");
+            assert!(!seen.contains(&format!("sync {file}")), "{seen:?}");
+            assert_eq!(scene.lens(), old, "{file}");
+            scene.log.append(&batch).and_then(|()| scene.log.sync()).unwrap();
+            assert_eq!((scene.log.durable().entries, scene.contents("log")), (4, "one\ntwo\n".to_owned()));
+        }
+    }
+
+    #[test]
+    fn a_directory_with_a_log_and_no_owner_is_not_taken() {
+        let mut scene = Scene::new();
+        scene.append(Stream::Stdout, "precious").unwrap();
+        std::fs::remove_file(scene.path("attempt.json")).unwrap();
+        let disk = Arc::new(scene.disk.clone());
+        let refused = AttemptLog::create(disk, &scene.path(""), &scene.agent.owner(), Durability::Os).unwrap_err();
+        assert!(refused.to_string().contains("move"), "{refused}");
+        assert_eq!(scene.contents("log"), "precious");
+    }
+
+    struct Scene {
+        dir: tempfile::TempDir,
+        disk: FaultyDisk,
+        log: AttemptLog,
+        agent: Agent,
+    }
+
+    impl Scene {
+        fn new() -> Self {
+            let (dir, disk, agent) = (tempfile::tempdir().unwrap(), FaultyDisk::new(), Agent::new(1));
+            let attempt = dir.path().join("1");
+            let log = AttemptLog::create(Arc::new(disk.clone()), &attempt, &agent.owner(), Durability::Fsync).unwrap();
+            Self { dir, disk, log, agent }
+        }
+
+        fn path(&self, name: &str) -> PathBuf {
+            self.dir.path().join("1").join(name)
+        }
+
+        fn contents(&self, name: &str) -> String {
+            std::fs::read_to_string(self.path(name)).unwrap()
+        }
+
+        fn lens(&self) -> Vec<u64> {
+            NAMES.map(|name| std::fs::metadata(self.path(name)).unwrap().len()).into()
+        }
+
+        fn append(&mut self, stream: Stream, text: &str) -> io::Result<()> {
+            let record = self.agent.write(stream, text);
+            self.store(record)
+        }
+
+        fn store(&mut self, record: Record) -> io::Result<()> {
+            let batch = Batch { records: vec![record], tally: Box::new(self.agent.tally.clone()) };
+            self.log.append(&[batch])?;
+            self.log.sync()
+        }
+
+        /// A record that is not stored.
+        fn fail_once(&mut self, operation: &'static str, text: &str) -> Record {
+            self.disk.fail_always(operation, io::ErrorKind::Other);
+            let record = self.agent.write(Stream::Stdout, text);
+            self.store(record.clone()).unwrap_err();
+            self.disk.heal();
+            record
+        }
+
+        fn synced(&self) -> Vec<String> {
+            self.disk.seen().into_iter().filter(|seen| seen.starts_with("sync ")).collect()
+        }
+    }
+}

@@ -1,0 +1,113 @@
+//! Room on the disk: whether there is any, and a reserve for what must be written when there is not.
+
+use std::{
+    io::{self, IoSlice},
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use phonehome_env::disk::{Disk, Open, is_full};
+use tokio::time::Instant;
+use tracing::{debug, error, info};
+
+/// The state of the disk that all attempts share.
+#[derive(Debug)]
+pub(super) struct Room {
+    disk: Arc<dyn Disk>,
+    dir: PathBuf,
+    /// When to look again, while there is none.
+    retry_at: Option<Instant>,
+}
+
+/// Bytes set aside. Ends and verdicts have a few KiB each.
+const RESERVE: u64 = 1024 * 1024;
+
+/// How often a full disk is tried again.
+const RETRY: Duration = Duration::from_secs(1);
+
+impl Room {
+    /// Sets the reserve aside, if there is room for it.
+    pub(super) fn new(disk: Arc<dyn Disk>, dir: &Path) -> Self {
+        Self { disk, dir: dir.to_owned(), retry_at: None }
+    }
+
+    fn reserve(&self) -> PathBuf {
+        self.dir.join("reserve")
+    }
+
+    /// Sets the reserve aside unless there is one. Best effort: a disk too small for it can have logs still.
+    pub(super) fn prepare(&self) {
+        let there = self.disk.open(&self.reserve(), Open::Read).and_then(|file| file.len());
+        if there.is_ok_and(|len| len == RESERVE) {
+            return;
+        }
+        if let Err(error) = self.set_aside() {
+            debug!("no reserve: {error}");
+        }
+    }
+
+    /// Writes a new reserve in place of what is there of the old.
+    fn set_aside(&self) -> io::Result<()> {
+        let temporary = self.reserve().with_extension("tmp");
+        let written = (|| {
+            let file = self.disk.open(&temporary, Open::Write)?;
+            file.set_len(0)?;
+            // Bytes that no file system can leave out or compress.
+            let mut noise = blake3::Hasher::new().finalize_xof();
+            let mut block = vec![0; BLOCK];
+            for position in (0..RESERVE).step_by(BLOCK) {
+                noise.fill(&mut block);
+                file.write_all_at(&mut [IoSlice::new(&block)], position)?;
+            }
+            file.sync() // only now the blocks are there for certain
+        })();
+        if written.is_err() {
+            drop(self.disk.remove_file(&temporary)); // it may not even be there
+        }
+        written?;
+        self.disk.rename(&temporary, &self.reserve())
+    }
+
+    /// Writes something small that must be stored; when there is no room, on the reserve.
+    pub(super) fn spend<T>(&mut self, mut write: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+        match write() {
+            Err(error) if is_full(&error) => {
+                self.note_full();
+                self.disk.remove_file(&self.reserve()).map_err(|_| error)?;
+                drop(self.disk.sync_dir(&self.dir)); // hurries some file systems; the others need no hurrying
+                write()
+            }
+            result => result,
+        }
+    }
+
+    /// Something had no room.
+    pub(super) fn note_full(&mut self) {
+        if self.retry_at.is_none() {
+            error!(
+                "no room left in {}: nothing more is acknowledged, agents wait; free some space or raise the quota",
+                self.dir.display()
+            );
+            self.retry_at = Some(Instant::now() + RETRY);
+        }
+    }
+
+    /// When to try again.
+    pub(super) fn poll_timeout(&self) -> Option<Instant> {
+        self.retry_at
+    }
+
+    /// What waited was tried again, and `waits` or not. There is room again when there is enough for a whole reserve.
+    pub(super) fn handle_retry(&mut self, waits: bool) {
+        if !waits && self.set_aside().is_ok() {
+            info!("there is room again in {}", self.dir.display());
+            self.retry_at = None;
+        } else {
+            self.retry_at = Some(Instant::now() + RETRY);
+        }
+    }
+}
+
+/// Bytes written at a time.
+const BLOCK: usize = 64 * 1024;

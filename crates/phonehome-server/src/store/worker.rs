@@ -1,0 +1,97 @@
+//! The one task or thread that writes: takes what has gathered, writes it, syncs it, and only then lets anybody know.
+
+use std::{io, sync::Arc, time::Duration};
+
+use phonehome_env::{Env, Workers};
+use tokio::{
+    runtime,
+    sync::mpsc,
+    time::{sleep, timeout_at},
+};
+
+use super::{Job, steps::Steps};
+use crate::tasks::Tasks;
+
+/// Serves jobs until the last way to it is gone.
+pub(super) struct Worker {
+    queue: mpsc::Receiver<Job>,
+    steps: Steps,
+    /// How long a simulated disk takes for a round.
+    delay: Option<Arc<dyn Fn() -> Duration + Send + Sync>>,
+}
+
+/// Jobs handled between two rounds of syncing.
+const ROUND: usize = 256;
+
+/// Payload after which a round is full, bytes: what is in it is in memory, and acknowledged only when all of it is synced.
+const ROUND_BYTES: usize = 16 * 1024 * 1024;
+
+impl Worker {
+    /// Starts where this machine's work is done that waits for a disk.
+    pub(super) fn start(env: &Env, queue: mpsc::Receiver<Job>, steps: Steps, tasks: &Tasks) -> io::Result<()> {
+        match &env.workers {
+            Workers::Threads => {
+                // A runtime of its own: the thread waits for jobs or a time, and nobody minds that it blocks.
+                let runtime = runtime::Builder::new_current_thread().enable_time().build()?;
+                let worker = Self { queue, steps, delay: None };
+                std::thread::Builder::new().name("store".into()).spawn(move || runtime.block_on(worker.run()))?;
+            }
+            Workers::Tasks(delay) => tasks.spawn_aside(Self { queue, steps, delay: Some(delay.clone()) }.run()),
+        }
+        Ok(())
+    }
+
+    async fn run(mut self) {
+        self.steps.prepare();
+        let mut round = Vec::with_capacity(ROUND);
+        while self.gather(&mut round).await {
+            for job in round.drain(..) {
+                self.take(job);
+            }
+            self.steps.commit();
+        }
+    }
+
+    /// Waits for work, then takes what else is there; `false` when nobody can have any more.
+    async fn gather(&mut self, round: &mut Vec<Job>) -> bool {
+        let first = match self.steps.poll_timeout() {
+            Some(at) => match timeout_at(at, self.queue.recv()).await {
+                Ok(first) => first,
+                Err(_) => return true, // something waits for room and is due
+            },
+            None => self.queue.recv().await,
+        };
+        let Some(first) = first else { return false };
+        if let Some(delay) = &self.delay {
+            sleep(delay()).await;
+        }
+        let mut bytes = first.bytes();
+        round.push(first);
+        while round.len() < ROUND
+            && bytes < ROUND_BYTES
+            && let Ok(job) = self.queue.try_recv()
+        {
+            bytes += job.bytes();
+            round.push(job);
+        }
+        true
+    }
+
+    fn take(&mut self, job: Job) {
+        match job {
+            Job::Append { writer, records, tally } => self.steps.append(&writer, records, tally),
+            Job::Finish { writer, finished, answer } => self.steps.finish(&writer, *finished, answer),
+            Job::Open { hello, changed, reply } => {
+                let opened = self.steps.open(*hello, changed);
+                drop(reply.send(opened)); // a connection that is gone has no use for it
+            }
+            Job::Rewind { writer, tally, reply } => {
+                drop(reply.send(self.steps.rewind(&writer, *tally))); // a connection that is gone does not go on
+            }
+            Job::Survey { build, changed, reply } => {
+                drop(reply.send(self.steps.survey(&build, &changed))); // whoever asked may have gone
+            }
+            Job::Verdict { build, contents, reply } => self.steps.settle(build, contents, reply),
+        }
+    }
+}
