@@ -63,10 +63,11 @@ impl Attempts {
         Ok(Lease { attempt: self.lives.len() as Attempt, new, connection: self.connection })
     }
 
-    /// Takes back an attempt that could not be stored. Its lease is void.
+    /// Takes back the attempt made last, which could not be stored. Nobody may have been given its lease; the one before
+    /// is good again.
     pub fn undo(&mut self) {
         self.lives.pop();
-        self.connection += 1;
+        self.connection -= 1;
     }
 
     /// Whether the newest attempt is this producer's.
@@ -124,6 +125,16 @@ mod tests {
         assert!(!attempts.is_current(old));
         assert_eq!(attempts.handle_hello(FIRST), Err(CloseCode::Superseded));
         assert!(attempts.is_current(new));
+    }
+
+    #[test]
+    fn an_attempt_that_could_not_be_stored_leaves_the_older_one_its_lease() {
+        let mut attempts = Attempts::default();
+        let old = attempts.handle_hello(FIRST).unwrap();
+        attempts.handle_hello(SECOND).unwrap();
+        attempts.undo();
+        assert!(attempts.is_current(old));
+        assert!(attempts.handle_hello(SECOND).unwrap().is_newer_than(old) && !attempts.is_current(old));
     }
 
     #[test]

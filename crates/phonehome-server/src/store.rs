@@ -12,7 +12,7 @@
 //! builds/BUILD/STEP/ATTEMPT/index        48 bytes per record, see [`index`]
 //! builds/BUILD/STEP/ATTEMPT/attempt.json whose attempt it is
 //! builds/BUILD/STEP/ATTEMPT/finished.json FINISHED and what was answered, once accepted
-//! reserve                                1 MiB of nothing: given up for ends and verdicts when the disk is full
+//! reserve                                1 MiB of nothing: given up in pieces for ends and verdicts when the disk is full
 //! ```
 //!
 //! A round takes what all connections have handed over, writes payloads and index entries of every attempt, syncs the

@@ -27,7 +27,6 @@ const RESERVE: u64 = 1024 * 1024;
 const RETRY: Duration = Duration::from_secs(1);
 
 impl Room {
-    /// Sets the reserve aside, if there is room for it.
     pub(super) fn new(disk: Arc<dyn Disk>, dir: &Path) -> Self {
         Self { disk, dir: dir.to_owned(), retry_at: None }
     }
@@ -69,17 +68,28 @@ impl Room {
         self.disk.rename(&temporary, &self.reserve())
     }
 
-    /// Writes something small that must be stored; when there is no room, on the reserve.
+    /// Writes something small that must be stored; when there is no room, at the cost of the reserve.
     pub(super) fn spend<T>(&mut self, mut write: impl FnMut() -> io::Result<T>) -> io::Result<T> {
-        match write() {
-            Err(error) if is_full(&error) => {
-                self.note_full();
-                self.disk.remove_file(&self.reserve()).map_err(|_| error)?;
-                drop(self.disk.sync_dir(&self.dir)); // hurries some file systems; the others need no hurrying
-                write()
+        loop {
+            match write() {
+                Err(error) if is_full(&error) => {
+                    self.note_full();
+                    self.give_up_a_piece().map_err(|_| error)?;
+                }
+                result => return result,
             }
-            result => result,
         }
+    }
+
+    /// Makes room for one small file. Not for more at a time: the logs that wait would take it.
+    fn give_up_a_piece(&self) -> io::Result<()> {
+        if !self.disk.exists(&self.reserve())? {
+            return Err(io::ErrorKind::NotFound.into());
+        }
+        let reserve = self.disk.open(&self.reserve(), Open::Write)?;
+        let rest = reserve.len()?.checked_sub(BLOCK as u64).ok_or(io::ErrorKind::UnexpectedEof)?;
+        reserve.set_len(rest)?;
+        reserve.sync() // some file systems give room back only then
     }
 
     /// Something had no room.
@@ -98,6 +108,12 @@ impl Room {
         self.retry_at
     }
 
+    /// Makes the next try due.
+    #[cfg(test)]
+    pub(super) fn be_due(&mut self) {
+        self.retry_at = self.retry_at.map(|_| Instant::now());
+    }
+
     /// What waited was tried again, and `waits` or not. There is room again when there is enough for a whole reserve.
     pub(super) fn handle_retry(&mut self, waits: bool) {
         if !waits && self.set_aside().is_ok() {
@@ -109,5 +125,5 @@ impl Room {
     }
 }
 
-/// Bytes written at a time.
+/// Bytes written, and given up, at a time.
 const BLOCK: usize = 64 * 1024;

@@ -325,3 +325,378 @@ fn why(code: CloseCode) -> &'static str {
         "too many attempts of this step"
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use phonehome_proto::{frame::Stream, receiver::Ending};
+
+    use super::*;
+    use crate::store::{
+        AttemptReader, Found,
+        faulty::{Agent, FaultyDisk},
+    };
+
+    #[test]
+    fn nothing_is_known_before_it_is_synced_and_one_round_serves_all() {
+        let mut scene = Scene::new();
+        let mut agent = Agent::new(1);
+        let writer = scene.greet(&agent, 0).writer;
+        for text in ["one ", "two ", "three"] {
+            scene.append(&writer, &mut agent, text);
+        }
+        assert_eq!(writer.files.progress.borrow().next, 0);
+        scene.disk.seen();
+        scene.steps.commit();
+        assert_eq!(scene.disk.seen(), ["write log", "write index", "sync log", "sync index"]);
+        assert_eq!((writer.files.progress.borrow().next, scene.read(&writer)), (3, "one two three".into()));
+    }
+
+    #[test]
+    fn rule_2_an_end_is_stored_behind_its_records_and_its_files_are_closed() {
+        let mut scene = Scene::new();
+        let mut agent = Agent::new(1);
+        let mut opened = scene.greet(&agent, 0);
+        scene.append(&opened.writer, &mut agent, "all");
+        scene.finish(&mut opened, &agent);
+        scene.disk.seen();
+        scene.steps.commit();
+        let seen = scene.disk.seen();
+        let [log, end] = ["sync log", "rename finished.json"].map(|step| seen.iter().position(|seen| seen == step));
+        assert!(log.unwrap() < end.unwrap(), "{seen:?}");
+        let progress = opened.writer.files.progress.borrow().clone();
+        assert!(progress.finished.is_some_and(|(_, answer)| answer == FinishedAck::Complete));
+        assert_eq!(scene.open_files(), 0);
+        assert!(matches!(scene.try_greet(&Agent::new(2), 0), Err(OpenError::Refused(CloseCode::AlreadyFinished, _))));
+        let mut claim = agent.clone();
+        claim.write(Stream::Stdout, "more than it said it would be");
+        assert!(matches!(scene.try_greet(&claim, claim.tally.next()), Err(OpenError::Contradiction(_))));
+        assert_eq!(scene.greet(&agent, 0).receiver.next(), 1);
+    }
+
+    #[test]
+    fn rule_3_behind_a_newer_hello_nothing_of_the_older_is_stored() {
+        for successor in [1, 2] {
+            let mut scene = Scene::new();
+            let mut agent = Agent::new(1);
+            let mut old = scene.greet(&agent, 0);
+            scene.append(&old.writer, &mut agent, "kept");
+            scene.greet(&if successor == 1 { agent.clone() } else { Agent::new(successor) }, 0);
+            assert_eq!(old.writer.files.progress.borrow().next, 1, "what came before the hello counts");
+            scene.append(&old.writer, &mut agent, "void");
+            scene.finish(&mut old, &agent);
+            scene.steps.commit();
+            assert_eq!((scene.read(&old.writer), scene.contents("b/main/1/log")), ("kept".into(), "kept".into()));
+            assert!(
+                !scene.path("b/main/1/finished.json").exists() && old.writer.files.progress.borrow().finished.is_none()
+            );
+        }
+    }
+
+    #[test]
+    fn a_full_disk_keeps_everything_waiting_in_order_and_others_go_on() {
+        for operation in ["write log", "write index"] {
+            let mut scene = Scene::new();
+            let mut agent = Agent::new(1);
+            let writer = scene.greet(&agent, 0).writer;
+            scene.append(&writer, &mut agent, "before ");
+            scene.steps.commit();
+            scene.disk.fail_always(operation, io::ErrorKind::StorageFull);
+            for text in ["one ", "two ", "three"] {
+                scene.append(&writer, &mut agent, text);
+                scene.steps.commit();
+            }
+            assert_eq!(scene.told(&writer), (1, true, false), "{operation}");
+            assert!(scene.steps.poll_timeout().is_some());
+            scene.disk.seen();
+            scene.steps.commit();
+            assert!(scene.disk.seen().is_empty(), "it is not tried again before it is time");
+            scene.disk.heal();
+            let mut other = Agent::new(1);
+            let mut hello = other.hello(0);
+            hello.step = "other".parse().unwrap();
+            let elsewhere = scene.steps.open(hello, watch::Sender::new(0)).unwrap().writer;
+            scene.append(&elsewhere, &mut other, "goes on");
+            scene.steps.commit();
+            assert_eq!((scene.told(&elsewhere), scene.told(&writer).0), ((1, false, false), 1));
+            scene.retry();
+            assert_eq!((scene.told(&writer), scene.read(&writer)), ((4, false, false), "before one two three".into()));
+            assert!(scene.steps.poll_timeout().is_none(), "there is room again");
+        }
+    }
+
+    #[test]
+    fn as_much_is_stored_as_there_is_room_for() {
+        let mut scene = Scene::new();
+        let mut agent = Agent::new(1);
+        let writer = scene.greet(&agent, 0).writer;
+        (0..16).for_each(|_| scene.append(&writer, &mut agent, "x"));
+        scene.disk.fail({
+            let mut room = 2;
+            move |seen| {
+                room -= i32::from(seen == "write log");
+                (seen == "write log" && room != 0).then_some(io::ErrorKind::QuotaExceeded)
+            }
+        });
+        scene.steps.commit();
+        let (next, full, failed) = scene.told(&writer);
+        assert!(next > 0 && next < 16 && full && !failed, "{next}");
+        scene.disk.heal();
+        scene.retry();
+        assert_eq!((scene.told(&writer), scene.read(&writer)), ((16, false, false), "x".repeat(16)));
+    }
+
+    #[test]
+    fn a_new_hello_on_a_full_disk_starts_from_what_is_durable() {
+        let mut scene = Scene::new();
+        let mut agent = Agent::new(1);
+        let mut opened = scene.greet(&agent, 0);
+        scene.disk.fail_always("write log", io::ErrorKind::StorageFull);
+        scene.append(&opened.writer, &mut agent, "one ");
+        scene.finish(&mut opened, &agent);
+        scene.steps.commit();
+        let opened = scene.greet(&agent, 0);
+        assert_eq!((opened.receiver.next(), scene.told(&opened.writer)), (0, (0, false, false)));
+        let refused = scene.try_greet(&Agent::new(2), 0);
+        assert!(refused.is_ok(), "an attempt needs no room in the log");
+        scene.disk.fail_always("write attempt.tmp", io::ErrorKind::StorageFull);
+        assert!(matches!(scene.try_greet(&Agent::new(3), 0), Err(OpenError::Storage(error)) if is_full(&error)));
+        scene.disk.heal();
+        assert_eq!(scene.greet(&Agent::new(3), 0).writer.lease.attempt, 3);
+    }
+
+    #[test]
+    fn ends_and_verdicts_fit_on_a_full_disk() {
+        let mut scene = Scene::new();
+        let mut agent = Agent::new(1);
+        let mut opened = scene.greet(&agent, 0);
+        scene.append(&opened.writer, &mut agent, "all");
+        scene.steps.commit();
+        scene.finish(&mut opened, &agent);
+        scene.fill();
+        scene.steps.commit();
+        assert!(opened.writer.files.progress.borrow().finished.is_some());
+        assert!(scene.verdict("{}").unwrap());
+        assert_eq!(scene.contents("b/verdict.json"), "{}");
+        let len = |scene: &Scene| std::fs::metadata(scene.path("../reserve")).unwrap().len();
+        assert_eq!(len(&scene), (1024 - 2 * 64) * 1024);
+        scene.retry();
+        assert!(scene.steps.poll_timeout().is_some(), "there is no room for a whole reserve yet");
+        scene.disk.heal();
+        scene.retry();
+        assert_eq!((len(&scene), scene.steps.poll_timeout()), (1024 * 1024, None));
+    }
+
+    #[test]
+    fn a_verdict_without_any_room_is_an_error() {
+        let mut scene = Scene::new();
+        scene.disk.fail(|seen| seen.starts_with("write").then_some(io::ErrorKind::StorageFull));
+        assert!(is_full(&scene.verdict("{}").unwrap_err()));
+        assert!(!scene.path("b/verdict.json").exists() && !scene.path("b/verdict.tmp").exists());
+    }
+
+    #[test]
+    fn rule_10_the_first_verdict_wins_and_is_durable() {
+        let mut scene = Scene::new();
+        scene.disk.seen();
+        assert!(scene.verdict("first").unwrap());
+        let seen = scene.disk.seen();
+        assert_eq!(seen[seen.len() - 4..], ["sync verdict.tmp", "rename verdict.json", "syncdir b", "syncdir builds"]);
+        assert!(!scene.verdict("second").unwrap());
+        assert_eq!(scene.contents("b/verdict.json"), "first");
+    }
+
+    #[test]
+    fn a_verdict_of_which_nobody_knows_whether_it_is_stored_can_be_stored_again() {
+        let mut scene = Scene::new();
+        scene.disk.fail_always("syncdir b", io::ErrorKind::Other);
+        scene.verdict("first").unwrap_err();
+        scene.disk.heal();
+        scene.disk.seen();
+        assert!(scene.verdict("first").unwrap());
+        assert!(scene.disk.seen().contains(&"syncdir b".to_owned()));
+        assert!(!scene.verdict("second").unwrap());
+    }
+
+    #[test]
+    fn after_an_error_the_next_hello_goes_on_from_what_is_durable_and_readers_follow() {
+        for operation in ["write log", "write index", "sync log", "sync index"] {
+            let mut scene = Scene::new();
+            let mut agent = Agent::new(1);
+            let writer = scene.greet(&agent, 0).writer;
+            scene.append(&writer, &mut agent, "one ");
+            scene.steps.commit();
+            let mut reader = AttemptReader::open(writer.files.clone()).unwrap();
+            scene.disk.fail_always(operation, io::ErrorKind::Other);
+            scene.append(&writer, &mut agent, "two");
+            scene.steps.commit();
+            assert_eq!(scene.told(&writer), (1, false, true), "{operation}");
+            scene.disk.heal();
+            let again = scene.greet(&agent, 0);
+            assert_eq!((again.receiver.next(), scene.told(&again.writer)), (1, (1, false, false)));
+            assert!(Arc::ptr_eq(&again.writer.files, &writer.files));
+            let two = agent.records[1].clone();
+            scene.steps.append(&again.writer, vec![two], Box::new(agent.tally.clone()));
+            scene.steps.commit();
+            assert_eq!((scene.told(&again.writer), rest(&mut reader)), ((2, false, false), "one two".into()));
+            assert_eq!(writer.files.stored_crc(1), Some(agent.records[1].crc));
+        }
+    }
+
+    #[test]
+    fn an_attempt_that_cannot_be_made_changes_nothing_for_the_older() {
+        let mut scene = Scene::new();
+        let mut agent = Agent::new(1);
+        let writer = scene.greet(&agent, 0).writer;
+        scene.disk.fail_always("rename attempt.json", io::ErrorKind::Other);
+        assert!(matches!(scene.try_greet(&Agent::new(2), 0), Err(OpenError::Storage(_))));
+        scene.append(&writer, &mut agent, "still here");
+        scene.steps.commit();
+        assert_eq!(scene.read(&writer), "still here");
+    }
+
+    #[test]
+    fn everything_on_the_disk_is_found_after_a_restart() {
+        let mut scene = Scene::new();
+        let (mut first, mut second) = (Agent::new(1), Agent::new(2));
+        let writer = scene.greet(&first, 0).writer;
+        scene.append(&writer, &mut first, "first life");
+        let mut opened = scene.greet(&second, 0);
+        scene.append(&opened.writer, &mut second, "second life");
+        scene.steps.commit();
+        scene.restart();
+        let found = scene.survey();
+        let seen: Vec<_> = found.iter().map(|found| (found.files.attempt, scene.read_all(&found.files))).collect();
+        assert_eq!(seen, [(1, "first life".into()), (2, "second life".into())]);
+        assert!(found.iter().all(|found| found.finished.is_none()) && scene.open_files() == 0);
+        opened = scene.greet(&second, 0);
+        assert!(Arc::ptr_eq(&opened.writer.files, &found[1].files));
+        assert_eq!(opened.receiver.next(), 1);
+        scene.finish(&mut opened, &second);
+        scene.steps.commit();
+        scene.verdict("{}").unwrap();
+        scene.restart();
+        assert!(scene.survey()[1].finished.is_some());
+        assert!(scene.steps.survey(&"unknown".parse().unwrap(), &watch::Sender::new(0)).unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_survey_of_what_is_open_changes_nothing() {
+        let mut scene = Scene::new();
+        let (mut first, mut second) = (Agent::new(1), Agent::new(2));
+        let old = scene.greet(&first, 0).writer;
+        scene.append(&old, &mut first, "old");
+        let writer = scene.greet(&second, 0).writer;
+        let found = scene.survey();
+        assert!(Arc::ptr_eq(&found[0].files, &old.files) && Arc::ptr_eq(&found[1].files, &writer.files));
+        scene.append(&writer, &mut second, "new");
+        scene.steps.commit();
+        assert_eq!(scene.read_all(&found[1].files), "new");
+    }
+
+    struct Scene {
+        dir: tempfile::TempDir,
+        disk: FaultyDisk,
+        steps: Steps,
+    }
+
+    impl Scene {
+        fn new() -> Self {
+            let (dir, disk) = (tempfile::tempdir().unwrap(), FaultyDisk::new());
+            let steps = Steps::new(Arc::new(disk.clone()), dir.path(), Durability::Fsync);
+            disk.create_dirs(&dir.path().join("builds")).unwrap();
+            steps.prepare();
+            Self { dir, disk, steps }
+        }
+
+        /// Another process over the same directory.
+        fn restart(&mut self) {
+            self.steps = Steps::new(Arc::new(self.disk.clone()), self.dir.path(), Durability::Fsync);
+        }
+
+        fn try_greet(&mut self, agent: &Agent, oldest: u64) -> Result<Opened, OpenError> {
+            self.steps.open(agent.hello(oldest), watch::Sender::new(0))
+        }
+
+        fn greet(&mut self, agent: &Agent, oldest: u64) -> Opened {
+            self.try_greet(agent, oldest).unwrap()
+        }
+
+        fn survey(&mut self) -> Vec<Surveyed> {
+            self.steps.survey(&"b".parse().unwrap(), &watch::Sender::new(0)).unwrap()
+        }
+
+        fn append(&mut self, writer: &Writer, agent: &mut Agent, text: &str) {
+            let record = agent.write(Stream::Stdout, text);
+            self.steps.append(writer, vec![record], Box::new(agent.tally.clone()));
+        }
+
+        fn finish(&mut self, opened: &mut Opened, agent: &Agent) {
+            let finished = agent.finished();
+            let mut receiver = phonehome_proto::receiver::Receiver::resume(agent.tally.clone(), 0, None);
+            let Ok(Ending::Accept(answer)) = receiver.handle_finished(finished.clone()) else { panic!("no end") };
+            self.steps.finish(&opened.writer, finished, answer);
+        }
+
+        fn verdict(&mut self, contents: &str) -> io::Result<bool> {
+            let (reply, mut recorded) = oneshot::channel();
+            self.steps.settle("b".parse().unwrap(), contents.into(), reply);
+            self.steps.commit();
+            recorded.try_recv().unwrap()
+        }
+
+        /// From now on there is room for one write per piece of the reserve.
+        fn fill(&self) {
+            let mut room = false;
+            self.disk.fail(move |seen| {
+                room |= seen == "truncate reserve";
+                (seen.starts_with("write") && !std::mem::take(&mut room)).then_some(io::ErrorKind::StorageFull)
+            });
+        }
+
+        /// The time has come to try again.
+        fn retry(&mut self) {
+            self.steps.room.be_due();
+            self.steps.commit();
+        }
+
+        fn told(&self, writer: &Writer) -> (u64, bool, bool) {
+            let progress = writer.files.progress.borrow();
+            (progress.next, progress.full, progress.failed)
+        }
+
+        fn read(&self, writer: &Writer) -> String {
+            self.read_all(&writer.files)
+        }
+
+        fn read_all(&self, files: &Arc<AttemptFiles>) -> String {
+            rest(&mut AttemptReader::open(files.clone()).unwrap())
+        }
+
+        fn path(&self, below: &str) -> PathBuf {
+            self.dir.path().join("builds").join(below)
+        }
+
+        fn contents(&self, below: &str) -> String {
+            std::fs::read_to_string(self.path(below)).unwrap()
+        }
+
+        /// Files of this scene that are open.
+        fn open_files(&self) -> usize {
+            let targets = std::fs::read_dir("/proc/self/fd")
+                .unwrap()
+                .filter_map(|fd| std::fs::read_link(fd.unwrap().path()).ok());
+            targets.filter(|target| target.starts_with(self.dir.path())).count()
+        }
+    }
+
+    fn rest(reader: &mut AttemptReader) -> String {
+        let mut text = String::new();
+        while let Some(found) = reader.next().unwrap() {
+            match found {
+                Found::Record(record) => text.push_str(std::str::from_utf8(&record.payload).unwrap()),
+                Found::Lost(records) => text.push_str(&format!("[{records} lost]")),
+            }
+        }
+        text
+    }
+}
