@@ -275,8 +275,10 @@ pub(super) fn open_all(disk: &dyn Disk, dir: &Path) -> io::Result<[Box<dyn File>
 /// Replaces a file by a copy of its first bytes. Its directory is the caller's to sync.
 fn copy(disk: &dyn Disk, path: &Path, len: u64) -> io::Result<()> {
     let fresh_path = fresh(path);
-    let (source, target) = (disk.open(path, Open::Read)?, disk.open(&fresh_path, Open::Write)?);
-    target.set_len(0)?;
+    if disk.exists(&fresh_path)? {
+        disk.remove_file(&fresh_path)?; // its sync may have failed: then it is no file to write to again
+    }
+    let (source, target) = (disk.open(path, Open::Read)?, disk.open(&fresh_path, Open::New)?);
     let mut block = vec![0; COPY_BLOCK];
     let mut position = 0;
     while position < len {
