@@ -23,7 +23,7 @@ use crate::{
 };
 
 /// Records that are not yet accepted, and how far the server has them.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Sender {
     /// The oldest, without a gap: what is sent next is among them.
     held: VecDeque<Sealed>,
@@ -45,7 +45,7 @@ pub struct Sender {
     phase: Phase,
 }
 
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 enum Phase {
     Offline,
     Greeting,
