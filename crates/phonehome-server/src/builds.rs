@@ -340,12 +340,29 @@ impl Build {
     }
 
     /// Takes up what an earlier process stored of this build, so that an end that was accepted counts although its agent
-    /// is gone. Without it every agent has to come back, so a store that does not answer is not waited for.
+    /// is gone. Without it every agent has to come back, so a store that does not work is not waited for without limit.
     async fn take_up(&self) {
-        let surveyed = timeout(SURVEY_PATIENCE, self.store.survey(&self.id, self.changed.clone())).await;
-        match surveyed.unwrap_or_else(|elapsed| Err(elapsed.into())) {
-            Ok(found) => self.take_up_attempts(&found),
-            Err(cause) => error!(build = %self.id, "cannot look at what is stored: {cause}"),
+        let patience = self.lock().life.lost_limit().unwrap_or(SURVEY_PATIENCE);
+        let mut is_known = false;
+        let look = async {
+            loop {
+                match self.store.survey(&self.id, self.changed.clone()).await {
+                    Ok(found) => return self.take_up_attempts(&found),
+                    Err(_) if is_known => {}
+                    Err(cause) => {
+                        error!(build = %self.id, "cannot look at what is stored, trying again: {cause}");
+                        is_known = true;
+                    }
+                }
+                sleep(SURVEY_RETRY).await;
+            }
+        };
+        tokio::select! {
+            biased; // who will not wait first
+            () = self.hurried.cancelled() => {}
+            looked = timeout(patience, look) => if looked.is_err() {
+                error!(build = %self.id, "what is stored was not found out in time; every agent has to come back");
+            },
         }
     }
 
@@ -458,8 +475,11 @@ impl Build {
 /// Why a build ends whose log has no place.
 const NOT_STORED: &str = "the log cannot be stored; is the data directory full or read-only?";
 
-/// How long the store may take to say what an earlier process left.
-const SURVEY_PATIENCE: Duration = Duration::from_secs(30);
+/// How long the store may take to say what an earlier process left when a lost agent would be waited for without limit.
+const SURVEY_PATIENCE: Duration = Duration::from_secs(120);
+
+/// Pause before it is asked again.
+const SURVEY_RETRY: Duration = Duration::from_secs(1);
 
 /// How long one attempt to write a verdict down may take.
 const VERDICT_TRY: Duration = Duration::from_secs(10);
