@@ -133,6 +133,9 @@ const SEND_TIMEOUT: Duration = phonehome_proto::limits::DEAD_AFTER;
 /// How long a closing handshake may take.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// How often a build is told that there is still no room in the store.
+const FULL_INTERVAL: Duration = Duration::from_secs(1);
+
 /// All windows of a server together, bytes: what may wait in memory for the store.
 const WINDOW_BUDGET: u64 = 64 * 1024 * 1024;
 
@@ -227,6 +230,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
                     }
                 }
                 () = expiry(session.ack_at) => self.acknowledge(session).await?,
+                () = expiry(session.full_at) => self.handle_full(true, session),
                 () = sleep_until(session.heartbeat.poll_timeout().into()) => self.handle_beat(session).await?,
             }
         }
@@ -314,14 +318,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         if progress.failed {
             return Err(Hangup::Storage);
         }
-        if progress.full || session.full {
-            session.full = progress.full;
-            self.build.handle_storage(!progress.full);
-        }
+        self.handle_full(progress.full, session);
         let receiver = &mut session.seat.opened.receiver;
         receiver.handle_durable(&progress.tally);
         let (acked, acked_bytes) = (receiver.acked().next(), receiver.acked().bytes());
-        if progress.next > acked && acked == session.first {
+        if progress.next > acked && acked == session.first && !progress.full {
             self.build.handle_storage(true);
         }
         if let Some((finished, answer)) = progress.finished.filter(|_| session.end == EndState::Told) {
@@ -334,6 +335,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             session.ack_soon(Instant::now());
         }
         Ok(())
+    }
+
+    /// There is no room in the store, or again some. The build hears of it as long as it lasts.
+    fn handle_full(&self, full: bool, session: &mut Session) {
+        if full || session.full_at.is_some() {
+            self.build.handle_storage(!full);
+        }
+        session.full_at = full.then(|| Instant::now() + FULL_INTERVAL);
     }
 
     async fn finish(&mut self, finished: Finished, answer: FinishedAck, session: &mut Session) -> Result<(), Hangup> {
@@ -407,9 +416,9 @@ struct Session {
     /// What was durable when the connection began.
     first: u64,
     ack_at: Option<Instant>,
+    /// When the build is told again that there is no room in the store.
+    full_at: Option<Instant>,
     end: EndState,
-    /// Whether what was received waits for room on the disk.
-    full: bool,
 }
 
 /// How far the end of the log has got on this connection. An end from before it is answered when the agent tells it
@@ -423,13 +432,16 @@ enum EndState {
 
 impl Session {
     fn new(mut seat: Seat, jitter: f64) -> Self {
-        let first = seat.opened.progress.borrow_and_update().next;
+        let progress = seat.opened.progress.borrow_and_update();
+        let (first, full) = (progress.next, progress.full);
+        drop(progress);
+        let now = Instant::now();
         Self {
-            heartbeat: Heartbeat::asking(Instant::now().into_std(), jitter),
+            heartbeat: Heartbeat::asking(now.into_std(), jitter),
             first,
             ack_at: None,
+            full_at: full.then_some(now),
             end: EndState::Open,
-            full: false,
             seat,
         }
     }
