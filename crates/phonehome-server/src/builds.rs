@@ -13,7 +13,7 @@ use phonehome_proto::{
     attempts::Lease,
     close::CloseCode,
     frame::{Cancel, End, Finished, FinishedAck, Hello, Record},
-    id::{Attempt, BuildId, StepName},
+    id::{Attempt, BuildId, ProducerId, StepName},
 };
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
@@ -93,6 +93,8 @@ pub(crate) struct Build {
 struct Inner {
     life: Life,
     attempts: Vec<Arc<AttemptFiles>>,
+    /// Agents that have had a seat, and their steps.
+    producers: BTreeSet<(StepName, ProducerId)>,
     /// The connection of each step, to be told when a newer one takes over.
     connections: BTreeMap<StepName, (Lease, CancellationToken)>,
     /// Attempts whose end has made them send a part of their log again.
@@ -103,8 +105,15 @@ struct Inner {
 
 impl Inner {
     fn new(life: Life) -> Self {
-        let (connections, rewound) = (BTreeMap::new(), BTreeSet::new());
-        Self { life, attempts: Vec::new(), connections, rewound, storage_failing: None }
+        let (connections, producers, rewound) = (BTreeMap::new(), BTreeSet::new(), BTreeSet::new());
+        Self { life, attempts: Vec::new(), producers, connections, rewound, storage_failing: None }
+    }
+
+    /// Whether the build has ended and this agent cannot have stored its end: it never had a seat, and its step has not
+    /// finished. When the step has, the store turns everybody else away without making an attempt.
+    fn is_over_for(&self, hello: &Hello) -> bool {
+        let had_seat = self.producers.contains(&(hello.step.clone(), hello.producer));
+        self.life.has_ended() && !had_seat && !self.life.has_finished(&hello.step)
     }
 
     /// Adds an attempt; `false` when it is known.
@@ -190,7 +199,10 @@ impl Build {
             return refuse(CloseCode::UnknownBuild, format!("step {} is not expected, only: {expected}", hello.step));
         }
         drop(self.taken_up.subscribe().wait_for(|done| *done).await); // `self` holds the sender
-        let step = hello.step.clone();
+        if self.lock().is_over_for(&hello) {
+            return Err(self.too_late());
+        }
+        let (step, producer) = (hello.step.clone(), hello.producer);
         let opened = match self.store.open_attempt(hello, self.changed.clone()).await {
             Ok(opened) => opened,
             Err(OpenError::Refused(code, reason)) => return refuse(code, reason.into()),
@@ -202,13 +214,22 @@ impl Build {
             }
         };
         let finished = opened.progress.borrow().finished.is_some();
-        if self.verdict.borrow().is_some() && !finished {
-            return refuse(CloseCode::AlreadyFinished, "the build has its verdict already".into());
+        if self.lock().life.has_ended() && !finished {
+            return Err(self.too_late());
         }
-        Ok(self.take_seat(&step, opened))
+        Ok(self.take_seat(&step, producer, opened))
     }
 
-    fn take_seat(&self, step: &StepName, mut opened: Opened) -> Seat {
+    /// Why an agent is turned away whose build has ended. While the verdict may still be forgotten that is not final.
+    fn too_late(&self) -> Refusal {
+        if self.verdict.borrow().is_some() {
+            return Refusal { code: CloseCode::AlreadyFinished, reason: "the build has its verdict already".into() };
+        }
+        let reason = "the build has ended, its verdict is being stored".into();
+        Refusal { code: CloseCode::StorageUnavailable, reason }
+    }
+
+    fn take_seat(&self, step: &StepName, producer: ProducerId, mut opened: Opened) -> Seat {
         let superseded = CancellationToken::new();
         let mut inner = self.lock();
         let lease = opened.writer.lease;
@@ -225,6 +246,7 @@ impl Build {
         if inner.note_attempt(files) {
             info!(build = %self.id, %step, attempt = files.attempt, "connected");
         }
+        inner.producers.insert((step.clone(), producer));
         if inner.rewound.contains(&(step.clone(), files.attempt)) {
             opened.receiver.note_rewound();
         }
@@ -593,7 +615,7 @@ mod tests {
     use std::fs;
 
     use phonehome_env::{Env, Workers};
-    use phonehome_proto::{frame::Stream, id::ProducerId, receiver::Receiver, tally::Tally};
+    use phonehome_proto::{frame::Stream, receiver::Receiver, tally::Tally};
 
     use super::*;
     use crate::{store::Durability, tasks::Tasks};
@@ -697,6 +719,25 @@ mod tests {
             Some(LogItem::Record(found)) => String::from_utf8(found.record.payload.to_vec()).unwrap(),
             Some(LogItem::Lost { .. }) | None => panic!("no record: {item:?}"),
         }
+    }
+
+    #[tokio::test]
+    async fn who_comes_after_the_verdict_leaves_no_trace() {
+        let scene = Scene::with(&["main", "other"], Clocks::default());
+        let first = scene.seat(1, "main").await;
+        scene.finish(&first).await;
+        let mut progress = first.opened.progress.clone();
+        progress.wait_for(|progress| progress.finished.is_some()).await.unwrap();
+        scene.build.cancel("enough");
+        scene.build.cancel("enough, I said");
+        scene.build.verdict().await;
+        for (producer, step) in [(2, "main"), (2, "other")] {
+            let refused = scene.build.seat(hello(producer, step)).await.unwrap_err();
+            assert_eq!(refused.code, CloseCode::AlreadyFinished, "{step}");
+        }
+        assert!(!scene.build_dir().join("main/2").exists() && !scene.build_dir().join("other").exists());
+        let seat = scene.seat(1, "main").await;
+        assert!(seat.opened.receiver.finished().is_some(), "it may hear that its end was stored");
     }
 
     #[tokio::test(start_paused = true)]

@@ -296,6 +296,11 @@ impl Life {
         matches!(self.phase, Phase::Ended { .. })
     }
 
+    /// Whether a step has its end.
+    pub(crate) fn has_finished(&self, step: &StepName) -> bool {
+        matches!(self.steps.get(step), Some(Step::Finished { .. }))
+    }
+
     /// The verdict, once it is known. `stored` tells what the store holds of a step.
     pub(crate) fn verdict(&self, stored: impl Fn(&StepName) -> Option<Stored>) -> Option<Verdict> {
         let Phase::Ended { outcome, incomplete } = &self.phase else { return None };
