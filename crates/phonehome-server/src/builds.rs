@@ -3,7 +3,7 @@
 pub(crate) mod state;
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     io,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -490,7 +490,14 @@ impl Build {
 
     /// The log of the whole build from its beginning.
     pub(crate) fn log(self: &Arc<Self>) -> BuildLog {
-        BuildLog { changed: self.changed.subscribe(), build: self.clone(), readers: Vec::new(), turn: 0 }
+        BuildLog {
+            changed: self.changed.subscribe(),
+            build: self.clone(),
+            known: 0,
+            steps: Vec::new(),
+            at: 0,
+            turn: Turn::NEW,
+        }
     }
 }
 
@@ -552,13 +559,32 @@ pub enum LogItem {
 pub struct BuildLog {
     build: Arc<Build>,
     changed: watch::Receiver<u64>,
-    readers: Vec<AttemptReader>,
-    turn: usize,
+    /// How many of the build's attempts were taken up.
+    known: usize,
+    steps: Vec<StepReader>,
+    /// The step that is read.
+    at: usize,
+    turn: Turn,
+}
+
+/// Reads the attempts of one step, one after the other.
+#[derive(Debug)]
+struct StepReader {
+    step: StepName,
+    /// Never empty. All but the last can store nothing more.
+    attempts: VecDeque<AttemptReader>,
+}
+
+/// What is left of a step's turn: a step that writes much must not keep the others from being read.
+#[derive(Debug)]
+struct Turn {
+    records: usize,
+    bytes: usize,
 }
 
 impl BuildLog {
-    /// The next item: each attempt's in order, attempts as their records come. `None` when the build has its verdict
-    /// and everything stored was read. Cancel safe.
+    /// The next item: each step's in order, one attempt after the other, and the steps in turns. `None` when the build
+    /// has its verdict and everything stored was read. Cancel safe.
     ///
     /// # Errors
     ///
@@ -583,22 +609,64 @@ impl BuildLog {
     /// When the store's files cannot be read.
     pub fn try_next(&mut self) -> io::Result<Option<LogItem>> {
         self.open_new_attempts()?;
-        for _ in 0..self.readers.len() {
-            let reader = &mut self.readers[self.turn];
-            if let Some(found) = reader.next()? {
-                return Ok(Some(item(&reader.files, found)));
+        // Once around, and back to a step that has had its turn and may be the only one.
+        for _ in 0..=self.steps.len() {
+            let Some(step) = self.steps.get_mut(self.at) else { break };
+            if !self.turn.is_over()
+                && let Some(item) = step.next()?
+            {
+                self.turn.take(&item);
+                return Ok(Some(item));
             }
-            self.turn = (self.turn + 1) % self.readers.len();
+            self.at = (self.at + 1) % self.steps.len();
+            self.turn = Turn::NEW;
         }
         Ok(None)
     }
 
     fn open_new_attempts(&mut self) -> io::Result<()> {
         let inner = self.build.lock();
-        for files in inner.attempts.iter().skip(self.readers.len()) {
-            self.readers.push(AttemptReader::open(files.clone())?);
+        for files in inner.attempts.iter().skip(self.known) {
+            let reader = AttemptReader::open(files.clone())?;
+            match self.steps.iter_mut().find(|known| known.step == files.step) {
+                Some(known) => known.attempts.push_back(reader),
+                None => self.steps.push(StepReader { step: files.step.clone(), attempts: VecDeque::from([reader]) }),
+            }
+            self.known += 1;
         }
         Ok(())
+    }
+}
+
+impl StepReader {
+    fn next(&mut self) -> io::Result<Option<LogItem>> {
+        while let Some(reader) = self.attempts.front_mut() {
+            if let Some(found) = reader.next()? {
+                return Ok(Some(item(&reader.files, found)));
+            }
+            if self.attempts.len() == 1 {
+                break;
+            }
+            self.attempts.pop_front(); // nothing was added to it since its successor was made
+        }
+        Ok(None)
+    }
+}
+
+impl Turn {
+    const NEW: Self = Self { records: 64, bytes: 256 * 1024 };
+
+    fn is_over(&self) -> bool {
+        self.records == 0 || self.bytes == 0
+    }
+
+    fn take(&mut self, item: &LogItem) {
+        let bytes = match item {
+            LogItem::Lost { .. } => 0,
+            LogItem::Record(found) => found.record.payload.len(),
+        };
+        self.records = self.records.saturating_sub(1);
+        self.bytes = self.bytes.saturating_sub(bytes);
     }
 }
 
@@ -712,6 +780,34 @@ mod tests {
         let mut afresh = scene.build.log();
         let all: Vec<_> = std::iter::from_fn(|| afresh.try_next().unwrap()).map(|item| text(Some(item))).collect();
         assert_eq!(all, ["one", "two", "three", "four", "five"]);
+    }
+
+    #[tokio::test]
+    async fn a_step_that_writes_much_does_not_keep_another_from_being_read() {
+        for (texts, turn) in [(vec!["x".to_owned(); 200], 64), (vec!["x".repeat(60_000); 12], 5)] {
+            let scene = Scene::with(&["loud", "calm"], Clocks::default());
+            let mut loud = scene.seat(1, "loud").await;
+            let mut calm = scene.seat(2, "calm").await;
+            scene.append(&mut loud, &texts.iter().map(|text| &**text).collect::<Vec<_>>()).await;
+            scene.append(&mut calm, &["calm"]).await;
+            let mut log = scene.build.log();
+            let all: Vec<_> = std::iter::from_fn(|| log.try_next().unwrap()).map(|item| text(Some(item))).collect();
+            assert_eq!(all.len(), texts.len() + 1, "all of both is read");
+            assert_eq!(all.iter().position(|text| text == "calm"), Some(turn));
+        }
+    }
+
+    #[tokio::test]
+    async fn an_attempt_is_read_to_its_end_before_the_next_of_its_step() {
+        let scene = Scene::new();
+        let mut first = scene.seat(1, "main").await;
+        scene.append(&mut first, &["first"; 100]).await;
+        let mut log = scene.build.log();
+        assert_eq!(text(log.try_next().unwrap()), "first");
+        let mut second = scene.seat(2, "main").await;
+        scene.append(&mut second, &["second"; 100]).await;
+        let rest: Vec<_> = std::iter::from_fn(|| log.try_next().unwrap()).map(|item| text(Some(item))).collect();
+        assert_eq!(rest, [vec!["first"; 99], vec!["second"; 100]].concat());
     }
 
     fn text(item: Option<LogItem>) -> String {
