@@ -12,7 +12,7 @@ use std::{
 use phonehome_proto::{
     attempts::Lease,
     close::CloseCode,
-    frame::{Cancel, End, Finished, FinishedAck, Hello, Record},
+    frame::{Cancel, Finished, FinishedAck, Hello, Record},
     id::{Attempt, BuildId, ProducerId, StepName},
 };
 use sha2::{Digest, Sha256};
@@ -140,15 +140,10 @@ impl Inner {
     }
 }
 
-/// What is stored of an attempt. For a complete one that is what its agent said, by definition.
+/// What is stored of an attempt at this moment.
 fn stored(files: &AttemptFiles) -> Stored {
-    let progress = files.progress.borrow();
-    let tally = &progress.tally;
-    let (counts, digest) = match &progress.finished {
-        Some((finished, FinishedAck::Complete)) => (finished.counts, finished.digest),
-        Some((_, FinishedAck::Incomplete(_) | FinishedAck::Resume(_))) | None => (tally.counts(), tally.digest()),
-    };
-    Stored { attempt: files.attempt, records: counts.records(), bytes: counts.output_bytes(), digest }
+    let tally = files.progress.borrow().tally.clone();
+    Stored { attempt: files.attempt, counts: tally.counts(), digest: tally.digest() }
 }
 
 /// A connection's place in its build.
@@ -292,8 +287,8 @@ impl Build {
         self.lock().life.handle_output(Instant::now());
     }
 
-    pub(crate) fn handle_finished(&self, step: &StepName, end: End, answer: FinishedAck) {
-        self.act(|life| life.handle_finished(step, end, answer, Instant::now()));
+    pub(crate) fn handle_finished(&self, step: &StepName, finished: Finished, answer: FinishedAck) {
+        self.act(|life| life.handle_finished(step, finished, answer, Instant::now()));
     }
 
     pub(crate) fn handle_confirmed(&self, step: &StepName) {
@@ -425,7 +420,7 @@ impl Build {
     fn take_end(&self, files: &AttemptFiles, finished: Option<(Finished, FinishedAck)>) {
         let newest = self.lock().newest(&files.step).map(|newest| newest.attempt);
         if let Some((finished, answer)) = finished.filter(|_| newest == Some(files.attempt)) {
-            self.handle_finished(&files.step, finished.end, answer);
+            self.handle_finished(&files.step, finished, answer);
         }
     }
 
@@ -683,7 +678,11 @@ mod tests {
     use std::fs;
 
     use phonehome_env::{Env, Workers};
-    use phonehome_proto::{frame::Stream, receiver::Receiver, tally::Tally};
+    use phonehome_proto::{
+        frame::{End, Stream},
+        receiver::Receiver,
+        tally::Tally,
+    };
 
     use super::*;
     use crate::{store::Durability, tasks::Tasks};

@@ -347,7 +347,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
 
     async fn finish(&mut self, finished: Finished, answer: FinishedAck, session: &mut Session) -> Result<(), Hangup> {
         let step = session.seat.opened.writer.files.step.clone();
-        self.build.handle_finished(&step, finished.end, answer.clone());
+        self.build.handle_finished(&step, finished, answer.clone());
         session.end = EndState::Answered;
         session.ack_at = None;
         self.send(ServerFrame::FinishedAck(answer)).await

@@ -9,7 +9,7 @@
 use std::{collections::BTreeMap, fmt, time::Duration};
 
 use phonehome_proto::{
-    frame::{Cancel, End, FinishedAck},
+    frame::{Cancel, Counts, End, Finished, FinishedAck},
     id::{Attempt, Digest, StepName},
 };
 use serde::Serialize;
@@ -223,7 +223,7 @@ enum Step {
     Awaited,
     Connected,
     Away { since: Instant },
-    Finished { end: End, answer: FinishedAck, confirmed: bool },
+    Finished { end: End, counts: Counts, digest: Digest, answer: FinishedAck, confirmed: bool },
 }
 
 /// Connections of the newest attempt that came in place of one before them.
@@ -237,8 +237,7 @@ struct Cuts {
 #[derive(Debug, Clone)]
 pub(crate) struct Stored {
     pub(crate) attempt: Attempt,
-    pub(crate) records: u64,
-    pub(crate) bytes: u64,
+    pub(crate) counts: Counts,
     pub(crate) digest: Digest,
 }
 
@@ -308,9 +307,16 @@ impl Life {
         Some(Verdict { outcome: outcome.clone(), incomplete: incomplete.clone(), steps })
     }
 
+    /// Of a complete log the agent's own account is told, which is what is stored, by definition.
     fn step_log(&self, step: &StepName, stored: Stored) -> StepLog {
-        let Stored { attempt, records, bytes, digest } = stored;
-        let complete = matches!(self.steps.get(step), Some(Step::Finished { answer: FinishedAck::Complete, .. }));
+        let told = match self.steps.get(step) {
+            Some(Step::Finished { counts, digest, answer: FinishedAck::Complete, .. }) => Some((*counts, *digest)),
+            Some(Step::Finished { .. } | Step::Awaited | Step::Connected | Step::Away { .. }) | None => None,
+        };
+        let complete = told.is_some();
+        let Stored { attempt, counts, digest } = stored;
+        let (counts, digest) = told.unwrap_or((counts, digest));
+        let (records, bytes) = (counts.records(), counts.output_bytes());
         let cuts = self.cuts.get(step).filter(|cuts| cuts.attempt == attempt).map_or(0, |cuts| cuts.count);
         StepLog { step: step.clone(), attempt, complete, records, bytes, digest, cuts }
     }
@@ -364,9 +370,16 @@ impl Life {
     }
 
     /// An end was stored.
-    pub(crate) fn handle_finished(&mut self, step: &StepName, end: End, answer: FinishedAck, now: Instant) -> Action {
+    pub(crate) fn handle_finished(
+        &mut self,
+        step: &StepName,
+        finished: Finished,
+        answer: FinishedAck,
+        now: Instant,
+    ) -> Action {
         if let Some(state @ (Step::Awaited | Step::Connected | Step::Away { .. })) = self.steps.get_mut(step) {
-            *state = Step::Finished { end, answer, confirmed: false };
+            let Finished { end, counts, digest, .. } = finished;
+            *state = Step::Finished { end, counts, digest, answer, confirmed: false };
             self.waiting = now;
         }
         self.settle()
@@ -560,7 +573,9 @@ mod tests {
         build.connect(1);
         build.life.handle_disconnected(&step("main"), build.now);
         build.pass(120);
-        assert_eq!((build.log(1).cuts, build.log(1).complete), (0, false));
+        let log = build.log(1);
+        assert_eq!((log.cuts, log.complete), (0, false));
+        assert_eq!((log.records, log.bytes, log.digest), (2, 20, Digest([2; 32])), "as it is stored");
     }
 
     #[test]
@@ -574,7 +589,7 @@ mod tests {
         build.finish("main", 0);
         let log = build.log(2);
         assert_eq!((log.attempt, log.cuts, log.complete), (2, 1, true));
-        assert_eq!((log.records, log.bytes, log.digest), (3, 5, Digest([7; 32])));
+        assert_eq!((log.records, log.bytes, log.digest), (3, 30, Digest([7; 32])), "as the agent has told");
     }
 
     #[test]
@@ -591,14 +606,14 @@ mod tests {
         let mut build = Build::new(&["main"]);
         build.connect(1);
         build.finish("main", 3);
-        let stored = Stored { attempt: 1, records: 1, bytes: 2, digest: Digest([0; 32]) };
+        let stored = Stored { attempt: 1, counts: counts(1), digest: Digest([0; 32]) };
         let verdict = build.life.verdict(|_| Some(stored.clone())).unwrap();
-        let digest = "0".repeat(64);
+        let digest = "07".repeat(32);
         assert_eq!(
             serde_json::to_value(verdict).unwrap(),
             serde_json::json!({
                 "verdict": "failed", "step": "main", "end": {"exited": 3}, "complete": true, "incomplete": null,
-                "steps": [{"step": "main", "attempt": 1, "complete": true, "records": 1, "bytes": 2, "digest": digest,
+                "steps": [{"step": "main", "attempt": 1, "complete": true, "records": 3, "bytes": 30, "digest": digest,
                     "cuts": 0}],
             })
         );
@@ -685,7 +700,9 @@ mod tests {
         }
 
         fn finish(&mut self, name: &str, code: u8) -> Action {
-            self.life.handle_finished(&step(name), End::Exited(code), FinishedAck::Complete, self.now)
+            let end = End::Exited(code);
+            let finished = Finished { next: 3, counts: counts(3), digest: Digest([7; 32]), end, time: 0, usage: None };
+            self.life.handle_finished(&step(name), finished, FinishedAck::Complete, self.now)
         }
 
         fn verdict(&self) -> Verdict {
@@ -694,7 +711,7 @@ mod tests {
 
         /// The verdict's account of its first step, of which attempt `attempt` is stored.
         fn log(&self, attempt: Attempt) -> StepLog {
-            let stored = Stored { attempt, records: 3, bytes: 5, digest: Digest([7; 32]) };
+            let stored = Stored { attempt, counts: counts(2), digest: Digest([2; 32]) };
             self.life.verdict(|_| Some(stored.clone())).unwrap().steps.remove(0)
         }
 
@@ -705,6 +722,13 @@ mod tests {
         fn code(&self) -> u8 {
             self.verdict().exit_code()
         }
+    }
+
+    /// So many records of ten bytes on standard output.
+    fn counts(records: u64) -> Counts {
+        let mut counts = Counts::default();
+        (counts.stdout.records, counts.stdout.bytes) = (records, 10 * records);
+        counts
     }
 
     fn step(name: &str) -> StepName {
