@@ -26,11 +26,11 @@ mod current;
 mod faulty;
 mod index;
 mod log;
+mod quarantine;
 mod reader;
 mod recover;
 mod room;
 mod steps;
-#[allow(dead_code, reason = "what is damaged before the tail will be told apart by it")]
 mod walk;
 mod worker;
 

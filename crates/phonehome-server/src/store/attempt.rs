@@ -131,11 +131,33 @@ impl From<&Hello> for Owner {
     }
 }
 
-/// How it ended and what was answered; `finished.json`.
+/// How it ended and what was answered, in `finished.json`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct Ended {
     pub(super) finished: Finished,
     pub(super) answer: FinishedAck,
+}
+
+/// What `finished.json` says.
+pub(super) enum End {
+    /// There is one that cannot be understood.
+    Damaged,
+    Known(Ended),
+    None,
+}
+
+impl End {
+    pub(super) fn read(disk: &dyn Disk, dir: &Path) -> io::Result<Self> {
+        let Some(text) = read_optional(disk, &dir.join("finished.json"))? else { return Ok(Self::None) };
+        Ok(serde_json::from_slice(&text).map_or(Self::Damaged, Self::Known))
+    }
+
+    pub(super) fn known(&self) -> Option<&Ended> {
+        match self {
+            Self::Known(ended) => Some(ended),
+            Self::Damaged | Self::None => None,
+        }
+    }
 }
 
 /// The contents of a file that need not be there.
@@ -155,13 +177,13 @@ mod tests {
     use super::*;
     use crate::store::{
         Durability,
-        faulty::Agent,
+        faulty::{Agent, tempdir},
         log::{AttemptLog, Batch},
     };
 
     #[test]
     fn the_checksum_of_any_stored_record_is_found_and_the_index_is_opened_once() {
-        let (dir, mut agent) = (tempfile::tempdir().unwrap(), Agent::new(1));
+        let (dir, mut agent) = (tempdir(), Agent::new(1));
         let mut log = AttemptLog::create(Arc::new(RealDisk), dir.path(), &agent.owner(), Durability::Os).unwrap();
         log.hole(3).unwrap();
         agent.tally.skip_to(3);

@@ -17,7 +17,8 @@ use phonehome_proto::{
 
 use super::attempt::Owner;
 
-/// The real disk, with faults. Every operation that changes something or makes it durable is seen by a rule before.
+/// The real disk, with faults. A rule sees every operation before it is done. Syncing does
+/// nothing else: no test crashes the machine.
 #[derive(Debug, Clone, Default)]
 pub(super) struct FaultyDisk(Arc<Mutex<Faults>>);
 
@@ -51,11 +52,21 @@ impl FaultyDisk {
         self.fail(move |seen| (seen == operation).then_some(kind));
     }
 
+    /// Only the first `count` operations from now on are done, as before a crash.
+    pub(super) fn crash_after(&self, count: usize) {
+        let mut left = count;
+        self.fail(move |_| {
+            let is_down = left == 0;
+            left = left.saturating_sub(1);
+            is_down.then_some(io::ErrorKind::Other)
+        });
+    }
+
     pub(super) fn heal(&self) {
         self.0.lock().unwrap().rule = None;
     }
 
-    /// What was done since the last call.
+    /// What was done since the last call, reading aside.
     pub(super) fn seen(&self) -> Vec<String> {
         std::mem::take(&mut self.0.lock().unwrap().seen)
     }
@@ -64,7 +75,9 @@ impl FaultyDisk {
         let mut faults = self.0.lock().unwrap();
         let seen = format!("{operation} {}", path.file_name().unwrap_or_default().to_string_lossy());
         let fault = faults.rule.as_mut().and_then(|rule| rule(&seen));
-        faults.seen.push(seen);
+        if operation != "read" {
+            faults.seen.push(seen);
+        }
         fault.map_or(Ok(()), |kind| Err(kind.into()))
     }
 }
@@ -108,8 +121,7 @@ impl Disk for FaultyDisk {
     }
 
     fn sync_dir(&self, path: &Path) -> io::Result<()> {
-        self.check("syncdir", path)?;
-        RealDisk.sync_dir(path)
+        self.check("syncdir", path)
     }
 
     fn exists(&self, path: &Path) -> io::Result<bool> {
@@ -126,6 +138,7 @@ struct FaultyFile {
 
 impl File for FaultyFile {
     fn read_at(&self, buffer: &mut [u8], position: u64) -> io::Result<usize> {
+        self.disk.check("read", &self.path)?;
         self.file.read_at(buffer, position)
     }
 
@@ -148,13 +161,17 @@ impl File for FaultyFile {
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.disk.check("sync", &self.path)?;
-        self.file.sync()
+        self.disk.check("sync", &self.path)
     }
 
     fn lock(&self) -> io::Result<bool> {
         self.file.lock()
     }
+}
+
+/// A directory in memory, where the system has that: a thousand scenes take a second there.
+pub(super) fn tempdir() -> tempfile::TempDir {
+    tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap()
 }
 
 /// An agent, as far as the store knows one: what it writes and the account it keeps.

@@ -34,6 +34,8 @@ pub(super) struct AttemptLog {
     touched: [bool; 3],
     /// Files whose sync failed. They are not written to, synced or believed any more.
     broken: [bool; 3],
+    /// Whether the files get their names only when all of it is durable.
+    nameless: bool,
     written: Point,
     durable: Point,
     finished: Option<(Finished, FinishedAck)>,
@@ -101,10 +103,42 @@ impl AttemptLog {
             open: None,
             touched: [false; 3],
             broken: [false; 3],
+            nameless: false,
             written: at.clone(),
             durable: at,
             finished,
         }
+    }
+
+    /// Starts in empty files that get their names later.
+    pub(super) fn nameless(disk: Arc<dyn Disk>, dir: &Path, files: [Box<dyn File>; 3]) -> Self {
+        let log = Self::resume(disk, dir, Durability::Fsync, Point::default(), None);
+        Self { open: Some(files), touched: [true; 3], nameless: true, ..log }
+    }
+
+    /// Makes durable what is there: an earlier process may have written it and not lived to sync it.
+    pub(super) fn confirm(&mut self) -> io::Result<()> {
+        if self.durability == Durability::Os {
+            return Ok(());
+        }
+        self.dir.ancestors().take(4).try_for_each(|dir| self.disk.sync_dir(dir))?;
+        if self.finished.is_some() {
+            return Ok(()); // everything else was synced before
+        }
+        for _ in NAMES {
+            self.touched = [true; 3];
+            if self.sync().is_ok() {
+                return Ok(());
+            }
+            self.revive()?; // a copy of what was just read and found good
+        }
+        self.touched = [true; 3];
+        self.sync()
+    }
+
+    /// Whether the entry at a place is the first of its round.
+    fn is_first(&self, entry: u64) -> bool {
+        entry == self.durable.entries || self.nameless
     }
 
     pub(super) fn durable(&self) -> &Point {
@@ -137,7 +171,7 @@ impl AttemptLog {
         let mut entries = Vec::new();
         for record in batches.iter().flat_map(|batch| &batch.records) {
             let file = usize::from(!record.stream.is_output());
-            let first = after.entries == self.durable.entries;
+            let first = self.is_first(after.entries);
             entries.extend_from_slice(&Entry::of(record, after.positions[file]).encode(first));
             payloads[file].push(IoSlice::new(&record.payload));
             if !record.stream.is_output() {
@@ -158,7 +192,7 @@ impl AttemptLog {
         after.tally.skip_to(to);
         after.lost += to - from;
         after.entries += 1;
-        let entry = Entry::Hole { from, to }.encode(self.written.entries == self.durable.entries);
+        let entry = Entry::Hole { from, to }.encode(self.is_first(self.written.entries));
         self.write([&mut Vec::new(), &mut Vec::new(), &mut vec![IoSlice::new(&entry)]], after)
     }
 
@@ -309,7 +343,7 @@ pub(super) fn stored_len(stream: Stream, len: u32) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::faulty::{Agent, FaultyDisk};
+    use crate::store::faulty::{Agent, FaultyDisk, tempdir};
 
     #[test]
     fn only_files_that_were_written_to_are_synced() {
@@ -400,7 +434,7 @@ mod tests {
 
     impl Scene {
         fn new() -> Self {
-            let (dir, disk, agent) = (tempfile::tempdir().unwrap(), FaultyDisk::new(), Agent::new(1));
+            let (dir, disk, agent) = (tempdir(), FaultyDisk::new(), Agent::new(1));
             let attempt = dir.path().join("1");
             let log = AttemptLog::create(Arc::new(disk.clone()), &attempt, &agent.owner(), Durability::Fsync).unwrap();
             Self { dir, disk, log, agent }

@@ -22,10 +22,10 @@ use tokio::{
 
 use super::{
     Durability, OpenError, Opened, Surveyed, Writer,
-    attempt::{AttemptFiles, Owner},
+    attempt::{AttemptFiles, End, Owner},
     current::Current,
     log::AttemptLog,
-    recover,
+    quarantine, recover,
     room::Room,
 };
 
@@ -290,8 +290,9 @@ impl Step {
         for attempt in 1.. {
             let path = dir.join(attempt.to_string());
             let Some(owner) = Owner::read(disk, &path)? else { break };
+            quarantine::complete(disk, &path)?;
             owners.push(owner.producer);
-            finished = disk.exists(&path.join("finished.json"))?;
+            finished = matches!(End::read(disk, &path)?, End::Known(_));
         }
         Ok(Self { attempts: Attempts::resume(owners, finished), current: None, known: BTreeMap::new() })
     }
@@ -333,7 +334,7 @@ mod tests {
     use super::*;
     use crate::store::{
         AttemptReader, Found,
-        faulty::{Agent, FaultyDisk},
+        faulty::{Agent, FaultyDisk, tempdir},
     };
 
     #[test]
@@ -601,7 +602,7 @@ mod tests {
 
     impl Scene {
         fn new() -> Self {
-            let (dir, disk) = (tempfile::tempdir().unwrap(), FaultyDisk::new());
+            let (dir, disk) = (tempdir(), FaultyDisk::new());
             let steps = Steps::new(Arc::new(disk.clone()), dir.path(), Durability::Fsync);
             disk.create_dirs(&dir.path().join("builds")).unwrap();
             steps.prepare();
