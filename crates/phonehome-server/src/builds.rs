@@ -9,6 +9,7 @@ use std::{
     time::Duration,
 };
 
+use phonehome_env::disk::is_full;
 use phonehome_proto::{
     attempts::Lease,
     close::CloseCode,
@@ -203,7 +204,9 @@ impl Build {
             Err(OpenError::Refused(code, reason)) => return refuse(code, reason.into()),
             Err(OpenError::Contradiction(violation)) => return refuse(violation.close_code(), violation.to_string()),
             Err(OpenError::Storage(cause)) => {
-                error!(build = %self.id, "cannot open an attempt: {cause}");
+                if !is_full(&cause) {
+                    error!(build = %self.id, "cannot open an attempt: {cause}"); // the store says so when it is full
+                }
                 self.handle_storage(false);
                 return refuse(CloseCode::StorageUnavailable, "storage is not available".into());
             }

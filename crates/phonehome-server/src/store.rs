@@ -276,3 +276,92 @@ impl Store {
 fn gone() -> io::Error {
     io::ErrorKind::BrokenPipe.into()
 }
+
+#[cfg(test)]
+mod tests {
+    use phonehome_env::Workers;
+    use phonehome_proto::frame::Stream;
+
+    use super::{
+        faulty::{Agent, FaultyDisk, tempdir},
+        *,
+    };
+
+    /// Longer than anything here takes.
+    const LIMIT: Duration = Duration::from_secs(30);
+
+    #[tokio::test]
+    async fn a_thread_and_a_task_store_the_same() {
+        let delay: Arc<dyn Fn() -> Duration + Send + Sync> = Arc::new(|| Duration::from_millis(1));
+        for workers in [Workers::Threads, Workers::Tasks(delay)] {
+            let scene = Scene::new(workers);
+            let mut agent = Agent::new(1);
+            let (build, changed) = ("b".parse().unwrap(), watch::Sender::new(0));
+            let opened = scene.store.open_attempt(agent.hello(0), changed.clone()).await.unwrap();
+            scene.append(&opened.writer, &mut agent, "stored").await;
+            scene.progress(&opened.writer, |progress| progress.next == 1).await;
+            assert!(!scene.store.has_verdict("b"));
+            assert!(scene.store.record_verdict(&build, b"{}".to_vec()).await.unwrap());
+            assert!(scene.store.has_verdict("b"));
+            let found = scene.store.survey(&build, changed).await.unwrap();
+            assert!(found.len() == 1 && Arc::ptr_eq(&found[0].files, &opened.writer.files));
+            let mut reader = AttemptReader::open(found[0].files.clone()).unwrap();
+            assert!(matches!(reader.next(), Ok(Some(Found::Record(record))) if record.payload == "stored"));
+        }
+    }
+
+    /// Nobody has to say or send anything for that.
+    #[tokio::test(start_paused = true)]
+    async fn what_waits_for_room_is_stored_when_there_is_some() {
+        let scene = Scene::new(Workers::Tasks(Arc::new(|| Duration::from_millis(1))));
+        let mut agent = Agent::new(1);
+        let opened = scene.store.open_attempt(agent.hello(0), watch::Sender::new(0)).await.unwrap();
+        scene.disk.fail_always("write log", io::ErrorKind::StorageFull);
+        scene.append(&opened.writer, &mut agent, "waits").await;
+        let mut progress = opened.progress.clone();
+        scene.progress(&opened.writer, |progress| progress.full).await;
+        for _ in 0..3 {
+            progress.mark_unchanged();
+            timeout(Duration::from_secs(2), progress.changed()).await.expect("it is said again").unwrap();
+            assert!(progress.borrow().full && progress.borrow().next == 0);
+        }
+        scene.disk.heal();
+        scene.progress(&opened.writer, |progress| progress.next == 1 && !progress.full).await;
+    }
+
+    #[tokio::test]
+    async fn a_store_whose_tasks_were_stopped_takes_nothing() {
+        let scene = Scene::new(Workers::Tasks(Arc::new(|| Duration::ZERO)));
+        scene.tasks.stop();
+        scene.store.jobs.closed().await;
+        let refused = scene.store.open_attempt(Agent::new(1).hello(0), watch::Sender::new(0)).await;
+        assert!(matches!(refused, Err(OpenError::Storage(_))));
+        assert!(scene.store.record_verdict(&"b".parse().unwrap(), Vec::new()).await.is_err());
+    }
+
+    struct Scene {
+        disk: FaultyDisk,
+        tasks: Tasks,
+        store: Store,
+        _dir: tempfile::TempDir,
+    }
+
+    impl Scene {
+        fn new(workers: Workers) -> Self {
+            let (dir, disk, tasks) = (tempdir(), FaultyDisk::new(), Tasks::default());
+            let env = Env { disk: Arc::new(disk.clone()), workers, ..Env::real() };
+            let store = Store::open(&env, &dir.path().join("data"), Durability::Fsync, &tasks).unwrap();
+            Self { disk, tasks, store, _dir: dir }
+        }
+
+        async fn append(&self, writer: &Writer, agent: &mut Agent, text: &str) {
+            let record = agent.write(Stream::Stdout, text);
+            self.store.append(writer, vec![record], &agent.tally).await.unwrap();
+        }
+
+        async fn progress(&self, writer: &Writer, is_it: impl FnMut(&Progress) -> bool) {
+            let mut progress = writer.files.progress.subscribe();
+            timeout(LIMIT, progress.wait_for(is_it)).await.expect("it comes to that").unwrap();
+        }
+    }
+}

@@ -114,14 +114,9 @@ pub(super) struct Owner {
 }
 
 impl Owner {
-    /// Reads whose attempt it is; `None` when there is no such attempt.
-    pub(super) fn read(disk: &dyn Disk, dir: &Path) -> io::Result<Option<Self>> {
-        let path = dir.join("attempt.json");
-        let Some(owner) = read_optional(disk, &path)? else { return Ok(None) };
-        serde_json::from_slice(&owner).map(Some).map_err(|error| {
-            let told = format!("{} is damaged ({error}): move {} aside", path.display(), dir.display());
-            io::Error::new(io::ErrorKind::InvalidData, told)
-        })
+    /// Of an attempt that has lost its owner. No agent draws such a number.
+    pub(super) fn nobody() -> Self {
+        Self { producer: ProducerId([0; 16]), agent: String::new(), labels: BTreeMap::new() }
     }
 }
 
@@ -164,9 +159,14 @@ impl End {
 pub(super) fn read_optional(disk: &dyn Disk, path: &Path) -> io::Result<Option<Vec<u8>>> {
     match disk.read(path) {
         Ok(contents) => Ok(Some(contents)),
-        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(None),
+        Err(error) if is_missing(&error) => Ok(None),
         Err(error) => Err(error),
     }
+}
+
+/// Whether an error says that there is no file of that name.
+pub(super) fn is_missing(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
 }
 
 #[cfg(test)]

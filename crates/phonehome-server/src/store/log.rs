@@ -125,15 +125,14 @@ impl AttemptLog {
         if self.finished.is_some() {
             return Ok(()); // everything else was synced before
         }
-        for _ in NAMES {
-            self.touched = [true; 3];
-            if self.sync().is_ok() {
-                return Ok(());
-            }
-            self.revive()?; // a copy of what was just read and found good
-        }
         self.touched = [true; 3];
-        self.sync()
+        let mut synced = self.sync();
+        for _ in NAMES {
+            if synced.is_err() {
+                synced = self.revive().map(drop); // a copy of what was just read and found good
+            }
+        }
+        synced
     }
 
     /// Whether the entry at a place is the first of its round.
@@ -253,14 +252,20 @@ impl AttemptLog {
         Ok(())
     }
 
-    /// Removes from the files what lies beyond the current position, durably.
+    /// Removes from the files what lies beyond the current position, durably. The index first: after a crash, entries
+    /// without their payloads would look like damage.
     pub(super) fn cut(&mut self) -> io::Result<()> {
         let ends = self.written.ends();
-        for (file, end) in self.files()?.iter().zip(ends) {
-            file.set_len(end)?;
+        let durable = self.durability == Durability::Fsync;
+        for at in [2, 0, 1] {
+            let file = &self.files()?[at];
+            file.set_len(ends[at])?;
+            let synced = if durable { file.sync() } else { Ok(()) };
+            self.broken[at] |= synced.is_err();
+            synced?;
         }
-        self.touched = [true; 3];
-        self.sync()
+        self.touched = [false; 3];
+        Ok(())
     }
 
     /// Writes the end, whole or not at all.
@@ -291,12 +296,11 @@ impl AttemptLog {
                 let told = format!("{} has lost what was synced", self.dir.display());
                 return Err(io::Error::new(io::ErrorKind::InvalidData, told));
             }
-            file.set_len(end)?;
         }
         self.open = Some(files);
         self.broken = [false; 3];
-        self.touched = [false; 3];
         self.written.clone_from(&self.durable);
+        self.cut()?;
         Ok(copied)
     }
 }
@@ -308,11 +312,7 @@ pub(super) fn open_all(disk: &dyn Disk, dir: &Path) -> io::Result<[Box<dyn File>
 
 /// Replaces a file by a copy of its first bytes. Its directory is the caller's to sync.
 fn copy(disk: &dyn Disk, path: &Path, len: u64) -> io::Result<()> {
-    let fresh_path = fresh(path);
-    if disk.exists(&fresh_path)? {
-        disk.remove_file(&fresh_path)?; // its sync may have failed: then it is no file to write to again
-    }
-    let (source, target) = (disk.open(path, Open::Read)?, disk.open(&fresh_path, Open::New)?);
+    let (source, target) = (disk.open(path, Open::Read)?, open_fresh(disk, path)?);
     let mut block = vec![0; COPY_BLOCK];
     let mut position = 0;
     while position < len {
@@ -322,7 +322,7 @@ fn copy(disk: &dyn Disk, path: &Path, len: u64) -> io::Result<()> {
         position += count as u64;
     }
     target.sync()?;
-    disk.rename(&fresh_path, path)
+    disk.rename(&fresh(path), path)
 }
 
 /// Bytes copied at a time.
@@ -333,6 +333,15 @@ pub(super) fn fresh(path: &Path) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(".new");
     name.into()
+}
+
+/// Makes a file's successor, empty.
+pub(super) fn open_fresh(disk: &dyn Disk, path: &Path) -> io::Result<Box<dyn File>> {
+    let fresh = fresh(path);
+    if disk.exists(&fresh)? {
+        disk.remove_file(&fresh)?; // its sync may have failed: then it is no file to write to again
+    }
+    disk.open(&fresh, Open::Write)
 }
 
 /// What a payload takes in its file: an event is followed by a newline.
@@ -407,11 +416,23 @@ mod tests {
             let steps = [format!("write {file}.new"), format!("sync {file}.new"), format!("rename {file}")];
             let places = steps.map(|step| seen.iter().position(|seen| *seen == step).expect("the file is copied"));
             assert!(places.is_sorted() && seen.contains(&"syncdir 1".to_owned()), "{seen:?}");
-            assert!(!seen.contains(&format!("sync {file}")), "{seen:?}");
+            assert!(!seen[..places[2]].contains(&format!("sync {file}")), "{seen:?}");
             assert_eq!(scene.lens(), old, "{file}");
             scene.log.append(&batch).and_then(|()| scene.log.sync()).unwrap();
             assert_eq!((scene.log.durable().entries, scene.contents("log")), (4, "one\ntwo\n".to_owned()));
         }
+    }
+
+    #[test]
+    fn an_index_is_cut_before_what_it_points_to() {
+        let mut scene = Scene::new();
+        scene.append(Stream::Stdout, "one\n").unwrap();
+        let tally = scene.agent.tally.clone();
+        scene.append(Stream::Stdout, "two\n").unwrap();
+        scene.disk.seen();
+        scene.log.step_back(tally).and_then(|()| scene.log.cut()).unwrap();
+        assert_eq!(scene.disk.seen()[..3], ["truncate index", "sync index", "truncate log"]);
+        assert_eq!((scene.log.durable().entries, scene.contents("log")), (1, "one\n".to_owned()));
     }
 
     #[test]

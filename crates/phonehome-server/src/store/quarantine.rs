@@ -17,10 +17,11 @@ use std::{
 use phonehome_env::disk::{Disk, Open, write_whole};
 use phonehome_proto::frame::Record;
 use serde::{Deserialize, Serialize};
+use tracing::error;
 
 use super::{
-    attempt::{Ended, read_optional},
-    log::{AttemptLog, Batch, NAMES, Point, fresh},
+    attempt::{Ended, Owner, is_missing, read_optional},
+    log::{AttemptLog, Batch, NAMES, Point, fresh, open_fresh},
 };
 
 /// `repair.json`: a change that was decided.
@@ -48,13 +49,12 @@ const GATHER: (usize, usize) = (256 * 1024, 1024);
 
 const REPAIR: &str = "repair.json";
 const FINISHED: &str = "finished.json";
+const OWNER: &str = "attempt.json";
 
 impl Rewrite {
     pub(super) fn begin(disk: &Arc<dyn Disk>, dir: &Path) -> io::Result<Self> {
-        let files = NAMES.map(|name| disk.open(&fresh(&dir.join(name)), Open::Write));
-        let [log, events, index] = files;
+        let [log, events, index] = NAMES.map(|name| open_fresh(&**disk, &dir.join(name)));
         let files = [log?, events?, index?];
-        files.iter().try_for_each(|file| file.set_len(0))?;
         Ok(Self {
             disk: disk.clone(),
             dir: dir.to_owned(),
@@ -114,10 +114,7 @@ impl Rewrite {
             write_whole(disk, &fresh(&dir.join(FINISHED)), &serde_json::to_vec_pretty(ended)?, true)?;
         }
         disk.sync_dir(dir)?;
-        let mut number = 1;
-        while disk.exists(&aside(dir, number))? {
-            number += 1;
-        }
+        let number = free_number(disk, dir)?;
         write_whole(disk, &dir.join(REPAIR), &serde_json::to_vec(&Repair { number, finished })?, true)?;
         complete(disk, dir)?;
         Ok(number)
@@ -154,6 +151,45 @@ pub(super) fn complete(disk: &dyn Disk, dir: &Path) -> io::Result<()> {
     disk.sync_dir(dir)?;
     disk.remove_file(&dir.join(REPAIR))?;
     disk.sync_dir(dir)
+}
+
+/// Whose attempt it is; `None` when there is no such attempt. When that cannot be known any more, it is nobody's: its log
+/// can be read, and its agent, should it come back, makes another.
+pub(super) fn owner(disk: &dyn Disk, dir: &Path) -> io::Result<Option<Owner>> {
+    let path = dir.join(OWNER);
+    let text = read_optional(disk, &path)?;
+    let owner = text.as_ref().and_then(|text| serde_json::from_slice(text).ok());
+    let is_attempt = text.is_some() || has_records(disk, dir)?;
+    if owner.is_some() || !is_attempt {
+        return Ok(owner);
+    }
+    if let Some(text) = text {
+        let aside = aside(dir, free_number(disk, dir)?);
+        disk.create_dirs(&aside)?;
+        write_whole(disk, &aside.join(OWNER), &text, true)?;
+        [&dir.join("quarantine"), dir].into_iter().try_for_each(|changed: &Path| disk.sync_dir(changed))?;
+    }
+    error!(attempt = %dir.display(), "{OWNER} is damaged or gone: nobody can go on with this attempt");
+    let nobody = Owner::nobody();
+    write_whole(disk, &path, &serde_json::to_vec_pretty(&nobody)?, true)?;
+    Ok(Some(nobody))
+}
+
+fn has_records(disk: &dyn Disk, dir: &Path) -> io::Result<bool> {
+    match disk.open(&dir.join("index"), Open::Read) {
+        Ok(index) => Ok(!index.is_empty()?),
+        Err(error) if is_missing(&error) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// The first number under which nothing was set aside.
+fn free_number(disk: &dyn Disk, dir: &Path) -> io::Result<u64> {
+    let mut number = 1;
+    while disk.exists(&aside(dir, number))? {
+        number += 1;
+    }
+    Ok(number)
 }
 
 fn aside(dir: &Path, number: u64) -> PathBuf {

@@ -120,6 +120,7 @@ impl Steps {
             let log = AttemptLog::create(disk.clone(), &path, &Owner::from(hello), durability)
                 .inspect_err(|_| step.attempts.undo())?;
             let files = step.files(&disk, key, lease.attempt, path);
+            step.current.iter_mut().for_each(Current::close); // its readers may stay
             step.current = Some(Current::new(log, files, changed));
         } else if step.current.is_none() {
             let log = recover::open(&disk, &path, durability)?;
@@ -289,7 +290,7 @@ impl Step {
         let mut finished = false;
         for attempt in 1.. {
             let path = dir.join(attempt.to_string());
-            let Some(owner) = Owner::read(disk, &path)? else { break };
+            let Some(owner) = quarantine::owner(disk, &path)? else { break };
             quarantine::complete(disk, &path)?;
             owners.push(owner.producer);
             finished = matches!(End::read(disk, &path)?, End::Known(_));
@@ -578,6 +579,31 @@ mod tests {
         scene.restart();
         assert!(scene.survey()[1].finished.is_some());
         assert!(scene.steps.survey(&"unknown".parse().unwrap(), &watch::Sender::new(0)).unwrap().is_empty());
+    }
+
+    #[test]
+    fn an_attempt_without_its_owner_can_be_read_and_nobody_goes_on_with_it() {
+        for damage in [Some("{torn"), None] {
+            let mut scene = Scene::new();
+            let mut agent = Agent::new(1);
+            let writer = scene.greet(&agent, 0).writer;
+            scene.append(&writer, &mut agent, "kept");
+            scene.steps.commit();
+            let owner = scene.path("b/main/1/attempt.json");
+            match damage {
+                Some(text) => std::fs::write(&owner, text).unwrap(),
+                None => std::fs::remove_file(&owner).unwrap(),
+            }
+            for _ in 0..2 {
+                scene.restart();
+                let found = scene.survey();
+                assert_eq!((found.len(), scene.read_all(&found[0].files)), (1, "kept".into()));
+            }
+            assert_eq!(scene.path("b/main/1/quarantine/1/attempt.json").exists(), damage.is_some());
+            let again = scene.greet(&agent, 1);
+            assert_eq!((again.writer.lease.attempt, again.receiver.next()), (2, 1));
+            assert_eq!(scene.contents("b/main/1/log"), "kept");
+        }
     }
 
     #[test]
