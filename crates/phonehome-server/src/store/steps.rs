@@ -620,6 +620,31 @@ mod tests {
         assert_eq!(scene.read_all(&found[1].files), "new");
     }
 
+    #[test]
+    fn a_crash_at_any_operation_loses_nothing_that_was_known_to_be_stored() {
+        for count in 0.. {
+            let mut scene = Scene::new();
+            let mut agent = Agent::new(1);
+            scene.disk.crash_after(count);
+            let known = scene.live(&mut agent);
+            scene.disk.heal();
+            scene.restart();
+            let found = scene.survey();
+            let Some((stored, is_finished, is_settled)) = known else { continue };
+            let progress = found[0].files.progress.borrow().clone();
+            let text = scene.read_all(&found[0].files);
+            assert!(progress.next >= stored && "one {} two {} three {} ".starts_with(&text), "{count}: {text}");
+            assert!(found[0].finished.is_some() >= is_finished, "{count}");
+            assert!(!scene.path("b/main/1/quarantine").exists(), "{count}");
+            assert!(scene.path("b/verdict.json").exists() >= is_settled, "{count}");
+            let opened = scene.greet(&agent, stored);
+            assert_eq!((opened.receiver.next(), scene.told(&opened.writer).2), (progress.next, false), "{count}");
+            if is_settled {
+                break;
+            }
+        }
+    }
+
     struct Scene {
         dir: tempfile::TempDir,
         disk: FaultyDisk,
@@ -662,6 +687,22 @@ mod tests {
             let mut receiver = phonehome_proto::receiver::Receiver::resume(agent.tally.clone(), 0, None);
             let Ok(Ending::Accept(answer)) = receiver.handle_finished(finished.clone()) else { panic!("no end") };
             self.steps.finish(&opened.writer, finished, answer);
+        }
+
+        /// A whole build. Tells what was known of it in the end: records, whether finished, whether settled.
+        fn live(&mut self, agent: &mut Agent) -> Option<(u64, bool, bool)> {
+            let mut opened = self.try_greet(agent, 0).ok()?;
+            for text in ["one ", "two ", "three "] {
+                self.append(&opened.writer, agent, text);
+                let event = agent.write(Stream::Event, "{} ");
+                self.steps.append(&opened.writer, vec![event], Box::new(agent.tally.clone()));
+                self.steps.commit();
+            }
+            self.finish(&mut opened, agent);
+            self.steps.commit();
+            let is_settled = self.verdict("{}").is_ok();
+            let progress = opened.writer.files.progress.borrow().clone();
+            Some((progress.next, progress.finished.is_some(), is_settled))
         }
 
         fn verdict(&mut self, contents: &str) -> io::Result<bool> {
