@@ -185,11 +185,12 @@ impl Receiver {
     }
 
     fn check_room(&self, records: &[Record]) -> Result<(), AgentViolation> {
-        let total = |next: u64, bytes: u64| next.saturating_mul(RECORD_COST).saturating_add(bytes);
-        let durable = total(self.durable.next(), self.durable.bytes());
-        let unacked = total(self.next(), self.received.bytes()).saturating_sub(durable);
+        // Another connection may have got further: then nothing of this one is unacknowledged.
+        let heads = self.next().saturating_sub(self.durable.next()).saturating_mul(RECORD_COST);
+        let payload = self.received.bytes().saturating_sub(self.durable.bytes());
         let more: u64 = records.iter().map(Record::cost).sum();
-        if unacked + more > MAX_WINDOW + MAX_MESSAGE as u64 { Err(AgentViolation::Flooded) } else { Ok(()) }
+        let unacked = heads.saturating_add(payload).saturating_add(more);
+        if unacked > MAX_WINDOW + MAX_MESSAGE as u64 { Err(AgentViolation::Flooded) } else { Ok(()) }
     }
 
     fn check(&self, record: &Record, received: &Tally) -> Result<(), AgentViolation> {
@@ -348,6 +349,18 @@ mod tests {
         let block = "x".repeat(MAX_PAYLOAD);
         let flooded = (0..200).find_map(|n| {
             receiver.handle_records(&mut vec![output(n, n * MAX_PAYLOAD as u64, &block)], |_| None).err()
+        });
+        assert_eq!(flooded, Some(AgentViolation::Flooded));
+    }
+
+    #[test]
+    fn rule_4_holds_at_the_highest_sequence_numbers_too() {
+        let (mut tally, start) = (Tally::default(), u64::MAX - 1000);
+        tally.skip_to(start);
+        let mut receiver = Receiver::resume(tally, start, None);
+        let block = "x".repeat(MAX_PAYLOAD);
+        let flooded = (0..200).find_map(|n| {
+            receiver.handle_records(&mut vec![output(start + n, n * MAX_PAYLOAD as u64, &block)], |_| None).err()
         });
         assert_eq!(flooded, Some(AgentViolation::Flooded));
     }
