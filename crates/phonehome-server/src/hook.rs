@@ -6,7 +6,7 @@ mod lock;
 mod outlet;
 mod printer;
 mod pusher;
-mod render;
+pub(crate) mod render;
 mod screen;
 mod summary;
 

@@ -45,6 +45,9 @@ mod builds;
 #[cfg(feature = "cli")]
 pub mod cli;
 mod connection;
+#[cfg(all(fuzzing, feature = "cli"))]
+#[doc(hidden)]
+pub mod fuzzing;
 #[cfg(feature = "cli")]
 mod hook;
 mod identity;

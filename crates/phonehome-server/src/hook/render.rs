@@ -94,6 +94,16 @@ impl Sgr {
     }
 }
 
+/// Whether a terminal goes on in another colour than its own.
+#[cfg(fuzzing)]
+pub(crate) fn leaves_color(output: &[u8]) -> bool {
+    let mut sgr = Sgr::default();
+    for (at, _) in output.iter().enumerate().filter(|&(_, &byte)| byte == CSI[0]) {
+        Sgr::prefix_of(&output[at..]).into_iter().for_each(|sequence| sgr.apply(sequence));
+    }
+    sgr.is_open()
+}
+
 /// What one parameter does to the attributes.
 enum Effect {
     /// This one now has this value.
