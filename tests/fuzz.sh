@@ -7,7 +7,7 @@
 # inputs in tests/fuzz/corpus and those that earlier runs found, which are kept beside cargo's other output. Prints a line
 # per program: executions, executions a second, edges of the code that were covered, inputs that covered new ones.
 #
-#   KEEP=1 tests/fuzz.sh 3600      also adds to tests/fuzz/corpus what covers code that nothing there does
+#   KEEP=1 tests/fuzz.sh 3600      also adds to tests/fuzz/corpus the best of what covers code that nothing there does
 #
 # Needs Rust, stable, and a C++ compiler for the fuzzer. tests/fuzz/README.md says how to add a program. Exit status:
 # 0 nothing was found, 1 a program failed and the path of its input is printed, 2 nothing could be run.
@@ -17,6 +17,8 @@ exec </dev/null
 top=$(cd "$(dirname "$0")/.." && pwd)
 here=$top/tests/fuzz
 target=${CARGO_TARGET_DIR:-$top/target}/fuzz
+# How many inputs a run may add to what is kept of a program.
+keep_limit=15
 host=$(rustc -vV | sed -n 's/^host: //p')
 
 main() {
@@ -80,10 +82,21 @@ fuzz() {
     [ -z "${KEEP-}" ] || keep "$program"
 }
 
-# Adds few: inputs that cover edges, not those that cover them more often.
+# Of the inputs that cover edges which the corpus does not, those that took longest to find: the others are soon found
+# again.
 keep() {
-    timeout -s KILL 600 "$(binary "$1")" -merge=1 -use_counters=0 "$here/corpus/$1" "$target/found/$1" \
-        >"$target/$1.keep.log" 2>&1
+    local program=$1 name
+    local found=$target/found/$program merged=$target/merged/$program
+    rm -rf "$merged"
+    mkdir -p "$merged"
+    cp "$here/corpus/$program"/* "$merged"
+    timeout -s KILL 600 "$(binary "$program")" -merge=1 -set_cover_merge=1 -use_counters=0 "$merged" "$found" \
+        >"$target/$program.merge.log" 2>&1 || return
+    (cd "$found" && ls -t) | while read -r name; do
+        [ ! -e "$merged/$name" ] || [ -e "$here/corpus/$program/$name" ] || echo "$name"
+    done | head -n "$keep_limit" | while read -r name; do
+        cp "$found/$name" "$here/corpus/$program/"
+    done
 }
 
 binary() { echo "$target/$host/release/$1"; }
