@@ -67,7 +67,7 @@ fuzz() {
         -max_total_time="$seconds" -timeout=10 -rss_limit_mb=2048 -max_len=4096 -print_final_stats=1 \
         -artifact_prefix="$failing/" >"$log" 2>&1 || status=$?
     if [ "$status" -ne 0 ]; then
-        tail -n 40 "$log"
+        grep -a -A 3 -e "panicked at" -e "ERROR: libFuzzer" "$log"
         local input
         input=$(sed -n 's/.*Test unit written to //p' "$log" | tail -n 1)
         printf '%s failed with status %s; its input: %s\n' "$program" "$status" "${input:-none, see $log}"

@@ -28,6 +28,11 @@ SCREENS = {
     "characters": "\u00e9\u65e5\U0001f680\u00a0\u0301\n",
 }
 
+# A connection, two records, a welcome, and what is sent then; how `sender` reads it.
+WELCOMED = bytes([2, 0, 3, 0, 9, 6, 0, 0, 0, 0, 4])
+# The end, sent and accepted.
+DELIVERED = bytes([1, 4, 6, 3, 0, 0, 0])
+
 
 def main():
     vectors = json.loads(VECTORS.read_bytes())
@@ -37,10 +42,14 @@ def main():
             binary = bytes.fromhex(vector["binary"])
             write(f"{side}_binary", name, binary)
             write_session(side, name, 6, binary)
+            if side == "server" and len(binary) < 256:
+                write("sender", name, WELCOMED + bytes([5, len(binary)]) + binary + bytes([4]))
         if "json" in vector or "text" in vector:
             text = vector["text"] if "text" in vector else json.dumps(vector["json"], separators=(",", ":"))
             write("json", name, text.encode())
             write_session(side, f"{name}, text", 7, text.encode())
+    write("sender", "delivered", WELCOMED + DELIVERED)
+    write("sender", "delivered after a cut", WELCOMED + bytes([3, 2, 6, 0, 0, 1, 0, 4]) + DELIVERED)
     for name, text in SCREENS.items():
         write("sanitize", name, bytes([0, 2, 5, 1]) + text.encode())
         for display, flags in (("terminal", 0), ("git", 3)):
