@@ -25,7 +25,7 @@ Variables, with their defaults:
 Columns: lines sent and stored; lines lost; stored lines that were repeated; lines whose first copy came after that of a
 later line; cuts of the link; seconds until the last line was stored.
 
-Needs Rust and Python 3.7. Exit status: 0 phonehome lost and repeated nothing and every cut happened, 1 otherwise.
+Needs Rust and Python 3.8. Exit status: 0 phonehome lost and repeated nothing and every cut happened, 1 otherwise.
 """
 
 import asyncio
