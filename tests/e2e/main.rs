@@ -17,6 +17,7 @@ mod hook;
 mod isolation;
 mod json_client;
 mod refusals;
+mod restart;
 mod resume;
 mod screen;
 mod timeouts;

@@ -16,6 +16,7 @@ mod disk;
 mod network;
 mod oracle;
 mod plan;
+mod sloppy;
 mod trace;
 mod world;
 
@@ -45,7 +46,28 @@ struct Outcome {
 }
 
 /// Rare paths that every batch must have taken: a batch that has not proves too little.
-const RARE: [&str; 0] = [];
+const RARE: [&str; 20] = [
+    "agent killed at a disk operation",
+    "attempt fenced",
+    "connection superseded",
+    "damage quarantined",
+    "digest mismatch",
+    "disk full",
+    "disk room again",
+    "drain",
+    "duplicate refused",
+    "gap",
+    "hole",
+    "late FINISHED",
+    "lost",
+    "resume asked for at FINISHED",
+    "server killed at a disk operation",
+    "spool taken over",
+    "spool unusable",
+    "storage failed",
+    "torn tail",
+    "two agents on one step",
+];
 
 #[test]
 fn whatever_happens_every_byte_is_stored_once_or_said_to_be_missing() {

@@ -18,6 +18,8 @@ pub(crate) struct Plan {
     pub(crate) memory: u64,
     pub(crate) spool: bool,
     pub(crate) spool_limit: u64,
+    /// The first agent is somebody else's.
+    pub(crate) sloppy: bool,
     /// How long agents stay for their delivery.
     pub(crate) linger: Duration,
     pub(crate) faults: Vec<(Duration, Fault)>,
@@ -86,6 +88,7 @@ impl Plan {
         let millis = chance.within(1_000, 60_000);
         let faults_end = Duration::from_millis(millis);
         let blocks = chance.pick(&[0, 1, 5, 40, 150]);
+        let sloppy = chance.is(12);
         let count = if calm { 0 } else { chance.within(1, 9) };
         let mut faults: Vec<_> = (0..count).map(|_| (chance.millis(0, millis), draw_fault(chance))).collect();
         faults.sort_by_key(|(at, _)| *at);
@@ -97,12 +100,14 @@ impl Plan {
             offline_limit: chance.is(30).then(|| chance.millis(2_000, 40_000)),
             memory,
             spool: chance.is(60),
+            sloppy,
             spool_limit: chance.pick(&[1, 1, 64]) * 1024 * 1024,
             linger: if chance.is(80) { Duration::from_secs(400) } else { chance.millis(0, 20_000) },
             faults,
             faults_end,
             blocks,
-            longest: chance.pick(&[3, 300, 20_000, MAX_PAYLOAD as u64]),
+            // It sends all it has at once, and that has to fit the window.
+            longest: if sloppy { 3_000 } else { chance.pick(&[3, 300, 20_000, MAX_PAYLOAD as u64]) },
             // Most commands live about as long as things go wrong.
             pace: if chance.is(75) { 2 * millis / blocks.max(1) } else { chance.pick(&[0, 10, 200]) },
         }

@@ -25,6 +25,7 @@ pub(crate) struct Trace {
     /// Everything, when asked for; only a digest of it otherwise.
     pub(crate) lines: Option<Vec<String>>,
     hasher: blake3::Hasher,
+    count: u64,
     /// How often each rare thing was seen.
     pub(crate) seen: BTreeMap<&'static str, u64>,
 }
@@ -34,18 +35,21 @@ const SIGNS: [(&str, &str); 14] = [
     ("agent cancelled", "the server cancels the build"),
     ("attempt fenced", "disconnected: a newer agent of this step has taken over"),
     ("connection superseded", "disconnected: a newer connection of this step has taken over"),
-    ("damage quarantined", "quarantined"),
-    ("digest mismatch", "the digest differs"),
-    ("disk full", "the disk is full"),
+    ("damage quarantined", "the log was damaged"),
+    ("digest mismatch", "the end does not agree"),
+    ("disk full", "no room left in"),
     ("disk room again", "there is room again"),
     ("drain", "disconnected: the server is about to go"),
     ("duplicate refused", "records that are stored already"),
-    ("late FINISHED", "disconnected: the build has its verdict already"),
+    ("late FINISHED", "disconnected: the build has"),
     ("spool unusable", "the spool cannot be written"),
     ("spool lost", "the spool is damaged"),
     ("storage failed", "cannot write"),
     ("torn tail", "cut a torn tail"),
 ];
+
+/// Lines that no run has which gets anywhere.
+const ENDLESS: u64 = 200_000;
 
 impl Trace {
     /// Starts the trace of this thread's run.
@@ -54,6 +58,7 @@ impl Trace {
             start: Instant::now(),
             lines: verbose.then(Vec::new),
             hasher: blake3::Hasher::new(),
+            count: 0,
             seen: BTreeMap::new(),
         };
         let trace = Rc::new(RefCell::new(trace));
@@ -68,6 +73,8 @@ impl Trace {
     fn add(&mut self, line: &str) {
         let line = format!("{:>10.3} {line}", self.start.elapsed().as_secs_f64());
         self.hasher.update(line.as_bytes());
+        self.count += 1;
+        assert!(self.count < ENDLESS, "the run does not end: {line}");
         if let Some(lines) = &mut self.lines {
             lines.push(line);
         }

@@ -15,7 +15,11 @@ use phonehome_agent::{
     line::Line,
 };
 use phonehome_env::{Env, Nature, Workers};
-use phonehome_proto::{codec::binary::HEADROOM, frame::End, id::ProducerId};
+use phonehome_proto::{
+    codec::binary::HEADROOM,
+    frame::{End, Stream},
+    id::ProducerId,
+};
 use phonehome_server::{Clocks, Config, Durability, Expected, Server};
 use serde_json::Value;
 use tokio::{
@@ -29,6 +33,7 @@ use crate::{
     network::SimNetwork,
     oracle::{self, Reader},
     plan::{Fault, Plan, Script},
+    sloppy::Sloppy,
     trace::{note, saw},
 };
 
@@ -106,6 +111,23 @@ pub(crate) struct Source {
     pub(crate) killed: Option<Instant>,
     /// Whether its spool went with it.
     pub(crate) wiped: bool,
+    /// The record that is sent wrong the first time, and whether it was.
+    pub(crate) damaged: Option<u64>,
+    pub(crate) is_damaged: bool,
+}
+
+impl Source {
+    /// The command writes something.
+    pub(crate) fn note(&mut self, stream: Stream, bytes: &[u8]) {
+        self.written[usize::from(stream.number())].extend_from_slice(bytes);
+        let len = self.written.each_ref().map(Vec::len);
+        self.stamps.push((Instant::now(), len));
+    }
+}
+
+/// What a command writes: no two blocks of a run begin alike.
+pub(crate) fn payload(life: u64, number: usize, len: usize) -> Vec<u8> {
+    (0..len as u64).map(|at| (life.wrapping_mul(89) ^ number as u64 ^ (at >> 3)) as u8).collect()
 }
 
 /// An agent's chance, which remembers what its first draw was: the producer id.
@@ -140,8 +162,8 @@ impl Agent {
 }
 
 pub(crate) const DATA: &str = "/data";
-const BUILD: &str = "b";
-const TOKEN: &str = "secret";
+pub(crate) const BUILD: &str = "b";
+pub(crate) const TOKEN: &str = "secret";
 
 /// The longest a run takes once everything works again: more than the longest linger, backoff and heartbeat.
 const SETTLE: Duration = Duration::from_secs(900);
@@ -461,7 +483,11 @@ impl World {
         };
         let source = Rc::new(RefCell::new(Source::default()));
         let script = self.plan.script(&self.chance.fork());
-        let task = spawn_local(live(life, env, spool(&self.plan), script, self.plan.linger, source.clone()));
+        let task = if self.plan.sloppy && life == 1 {
+            spawn_local(Sloppy::new(life, env, self.chance.fork(), script, source.clone()).run())
+        } else {
+            spawn_local(live(life, env, spool(&self.plan), script, self.plan.linger, source.clone()))
+        };
         self.agents.push(Agent { life, source, disk, nature, mount, task });
     }
 }
@@ -494,14 +520,9 @@ async fn live(life: u64, env: Env, spool: SpoolConfig, script: Script, linger: D
     for (number, (pause, stream, len)) in script.blocks.into_iter().enumerate() {
         sleep(pause).await;
         recorder.ready().await;
-        let mut block = BytesMut::zeroed(HEADROOM + len);
-        for (at, byte) in block[HEADROOM..].iter_mut().enumerate() {
-            *byte = (life.wrapping_mul(89) ^ number as u64 ^ (at as u64 >> 3)) as u8;
-        }
-        let mut source = source.borrow_mut();
-        source.written[usize::from(stream.number())].extend_from_slice(&block[HEADROOM..]);
-        let len = source.written.each_ref().map(Vec::len);
-        source.stamps.push((Instant::now(), len));
+        let mut block = BytesMut::zeroed(HEADROOM);
+        block.extend_from_slice(&payload(life, number, len));
+        source.borrow_mut().note(stream, &block[HEADROOM..]);
         recorder.record(stream, block);
     }
     source.borrow_mut().ended = Some(script.code);

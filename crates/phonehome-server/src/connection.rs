@@ -9,7 +9,7 @@ use futures_util::{SinkExt, StreamExt};
 use phonehome_proto::{
     close::CloseCode,
     codec::{Codec, DecodeError, EncodeError, Message},
-    frame::{Ack, AgentFrame, Cancel, Finished, FinishedAck, Hello, Ping, Record, ServerFrame, Welcome},
+    frame::{Ack, AgentFrame, Cancel, Drain, Finished, FinishedAck, Hello, Ping, Record, ServerFrame, Welcome},
     heartbeat::{Beat, Heartbeat},
     limits::{
         ACK_BYTES, ACK_DELAY, HEARTBEAT, HELLO_TIMEOUT, MAX_CLOSE_REASON, MAX_MESSAGE, MAX_PAYLOAD, MAX_WINDOW,
@@ -212,7 +212,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             tokio::select! {
                 biased; // who may not go on first, then what is new, then what is due
                 () = superseded.cancelled() => return Err(Hangup::Superseded),
-                () = shutdown.cancelled() => return Err(Hangup::ShuttingDown),
+                () = shutdown.cancelled() => {
+                    // An agent that is not done will find another server, or this one's successor.
+                    self.send(ServerFrame::Drain(Drain { within: CLOSE_TIMEOUT.as_millis() as u64 })).await?;
+                    return Err(Hangup::ShuttingDown);
+                }
                 changed = session.seat.cancel.changed() => if changed.is_ok() {
                     let cancel = session.seat.cancel.borrow_and_update().clone();
                     if let Some(cancel) = cancel {
@@ -274,7 +278,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         let files = &opened.writer.files;
         opened.receiver.handle_records(&mut records, |seq| files.stored_crc(seq))?;
         if records.is_empty() {
-            session.ack_soon(Instant::now()); // duplicates only: the agent has missed an acknowledgement
+            debug!("records that are stored already: the agent has missed an acknowledgement");
+            session.ack_soon(Instant::now());
             return Ok(());
         }
         if records.iter().any(|record| record.stream.is_output()) {
