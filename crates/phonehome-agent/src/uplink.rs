@@ -86,7 +86,7 @@ struct Parcel {
 
 impl Parcel {
     fn hello(&self) -> AgentFrame {
-        let (oldest, next) = self.outbox.look(|sender| (sender.oldest(), sender.next()));
+        let (oldest, next) = self.outbox.look(|sender| (sender.oldest(), sender.claimed_next()));
         AgentFrame::Hello(self.identity.hello(oldest, next))
     }
 
@@ -134,18 +134,19 @@ impl Uplink {
     pub(crate) async fn run(mut self) -> Delivery {
         for left in std::mem::take(&mut self.left) {
             let identity = Identity { producer: left.producer, ..self.identity.clone() };
-            let parcel = Parcel { identity, outbox: left.outbox, is_left: true };
+            let (outbox, spooling) = left.start();
+            let parcel = Parcel { identity, outbox, is_left: true };
             match self.deliver(&parcel).await {
                 Delivery::Complete => info!("what an earlier agent left is delivered"),
                 Delivery::Incomplete(reason) => warn!("the log of an earlier agent is incomplete: {reason}"),
                 Delivery::Refused(reason) => {
                     warn!("the server refuses what an earlier agent left, it stays where it is: {reason}");
-                    left.spooling.leave().await;
+                    spooling.leave().await;
                     continue;
                 }
             }
             parcel.outbox.abandon(); // nobody needs it any more
-            left.spooling.leave().await;
+            spooling.leave().await;
         }
         let parcel = Parcel { identity: self.identity.clone(), outbox: self.outbox.clone(), is_left: false };
         let delivery = self.deliver(&parcel).await;
@@ -241,7 +242,12 @@ impl Uplink {
         frame: ServerFrame,
         socket: &mut Socket,
     ) -> Result<Option<Delivery>, Hangup> {
-        match parcel.outbox.with(|sender| sender.handle_frame(frame))? {
+        let before = parcel.outbox.look(Sender::oldest);
+        let order = parcel.outbox.with(|sender| sender.handle_frame(frame))?;
+        if parcel.is_left && (matches!(order, Order::Welcome(_)) || parcel.outbox.look(Sender::oldest) > before) {
+            self.outbox.encourage(); // the server is there, it is just not this attempt's turn
+        }
+        match order {
             Order::Cancel(cancel) => self.cancel(cancel),
             Order::Delivered(None) => return Ok(Some(Delivery::Complete)),
             Order::Delivered(Some(reason)) => return Ok(Some(Delivery::Incomplete(reason))),

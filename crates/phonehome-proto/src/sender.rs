@@ -42,6 +42,8 @@ pub struct Sender {
     /// The most in flight, whatever the server grants.
     own_window: u64,
     finished: Option<Finished>,
+    /// Whether an earlier life left this: the server may have more of it than is known here.
+    is_recovered: bool,
     phase: Phase,
 }
 
@@ -111,13 +113,16 @@ impl Default for Sender {
             window: WINDOW,
             own_window: u64::MAX,
             finished: None,
+            is_recovered: false,
             phase: Phase::Offline,
         }
     }
 }
 
 impl Sender {
-    /// Goes on with records that an earlier life left elsewhere: all of `oldest..next` are spilled.
+    /// Goes on with records that an earlier life left elsewhere: all of `oldest..next` are spilled. The server may have
+    /// more than these, which were acknowledged without that life hearing of it. An end that counts more than these holds
+    /// once the server turns out to have the rest.
     ///
     /// # Panics
     ///
@@ -125,11 +130,7 @@ impl Sender {
     #[must_use]
     pub fn recover(oldest: u64, next: u64, finished: Option<Finished>) -> Self {
         assert!(oldest <= next, "a range of records");
-        let mut sender = Self { oldest, sent: oldest, spilled: next - oldest, ..Self::default() };
-        if let Some(finished) = finished {
-            sender.finish(finished);
-        }
-        sender
+        Self { oldest, sent: oldest, spilled: next - oldest, finished, is_recovered: true, ..Self::default() }
     }
 
     /// Holds the next record.
@@ -179,10 +180,17 @@ impl Sender {
         self.cost[0] + self.cost[1]
     }
 
-    /// The end of the log, once there is one.
+    /// The end of the log, once there is one that all records are known to.
     #[must_use]
     pub fn finished(&self) -> Option<&Finished> {
-        self.finished.as_ref()
+        self.finished.as_ref().filter(|finished| finished.next == self.next())
+    }
+
+    /// What a hello says is next. An earlier life's records may have been more than are known here, so there is no telling:
+    /// the server is asked to name any.
+    #[must_use]
+    pub fn claimed_next(&self) -> u64 {
+        if self.is_recovered { u64::MAX } else { self.next() }
     }
 
     /// The records in memory from `first` on, until they come to `most` bytes of payload; at least one, if there is one.
@@ -221,9 +229,12 @@ impl Sender {
 
     /// Makes the records from `kept` on the tail, if any before them can be dropped.
     fn part(&mut self, kept: u64, keep: u64) {
+        if kept <= self.sent || self.cost[0] <= keep {
+            return;
+        }
         let at = kept.saturating_sub(self.oldest).min(self.held.len() as u64) as usize;
         let newer: u64 = self.held.range(at..).map(|sealed| sealed.record.cost()).sum();
-        if kept > self.sent && self.cost[0] - newer > keep {
+        if self.cost[0] - newer > keep {
             self.tail = self.held.split_off(at);
             self.cost = [self.cost[0] - newer, newer];
         }
@@ -319,8 +330,9 @@ impl Sender {
         if self.phase != Phase::Greeting {
             return Err(ServerViolation::Unexpected("Welcome"));
         }
-        self.check_range(welcome.next, self.next())?;
+        self.check_range(welcome.next, self.claimed_next())?;
         self.forget_below(welcome.next);
+        self.oldest = welcome.next; // beyond everything, if an earlier life had more
         self.sent = welcome.next;
         self.reached = self.reached.max(welcome.next);
         self.in_flight = 0;
@@ -400,9 +412,9 @@ impl Sender {
         if self.sent < self.held_end() {
             return self.next_batch();
         }
-        let finished = self.finished.as_ref().filter(|_| !finished_sent && self.sent == self.next())?;
+        let finished = self.finished().filter(|_| !finished_sent && self.sent == self.next())?.clone();
         self.phase = Phase::Streaming { finished_sent: true };
-        Some(Outgoing::Frame(AgentFrame::Finished(finished.clone())))
+        Some(Outgoing::Frame(AgentFrame::Finished(finished)))
     }
 
     /// One large record as it is, or small ones gathered.
@@ -581,6 +593,18 @@ mod tests {
         sender.restore(record(3, 10));
         sender.restore(record(4, 10));
         assert_eq!((sent(&mut sender), sender.finished()), (vec![3, 4, FINISHED], Some(&finished)));
+    }
+
+    #[test]
+    fn what_the_server_has_of_an_earlier_life_may_be_more_than_was_left() {
+        for (stored, end) in [(5, vec![]), (8, vec![FINISHED]), (9, vec![])] {
+            let mut sender = Sender::recover(3, 5, Some(finished(8)));
+            assert_eq!((sender.claimed_next(), sender.finished()), (u64::MAX, None));
+            sender.handle_connected();
+            sender.handle_frame(welcome(stored)).unwrap();
+            assert_eq!((sender.oldest(), sender.next(), sender.spilled()), (stored, stored, None));
+            assert_eq!(sent(&mut sender), end, "{stored} are stored");
+        }
     }
 
     #[test]
