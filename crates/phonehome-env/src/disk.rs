@@ -37,7 +37,7 @@ pub trait Disk: fmt::Debug + Send + Sync {
     fn create_dirs(&self, path: &Path) -> io::Result<()>;
 
     /// Makes a directory that nobody else may enter, or checks that one which is there is such: a directory and no link,
-    /// owned by this user, not writable by others.
+    /// owned by this user, not writable by others. The directory it is in is no link either.
     ///
     /// # Errors
     ///
@@ -270,18 +270,26 @@ impl Disk for RealDisk {
 
     fn private_dir(&self, path: &Path) -> io::Result<()> {
         fault::point("mkdir", path)?;
+        let refuse = |why| Err(io::Error::new(io::ErrorKind::PermissionDenied, why));
+        if let Some(parent) = path.parent()
+            && fs::symlink_metadata(parent)?.is_symlink()
+        {
+            return refuse("the directory it is in is a symbolic link; name the one that is meant");
+        }
         match DirBuilder::new().mode(0o700).create(path) {
             Ok(()) => return Ok(()),
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             Err(error) => return Err(error),
         }
         let found = fs::symlink_metadata(path)?;
-        let refuse = |why| Err(io::Error::new(io::ErrorKind::PermissionDenied, why));
+        if found.is_symlink() {
+            return refuse("it is a symbolic link; remove it");
+        }
         if !found.is_dir() {
-            return refuse("it is not a directory");
+            return refuse("it is not a directory; remove it");
         }
         if found.uid() != geteuid().as_raw() {
-            return refuse("it belongs to another user");
+            return refuse("it belongs to another user; remove it");
         }
         if found.mode() & 0o022 != 0 {
             return refuse("others may write to it; use chmod 700");
@@ -422,6 +430,8 @@ mod tests {
         assert!(RealDisk.private_dir(&own).unwrap_err().to_string().contains("chmod 700"));
         let link = dir.path().join("link");
         symlink(&own, &link).unwrap();
-        assert!(RealDisk.private_dir(&link).is_err());
+        assert!(RealDisk.private_dir(&link).unwrap_err().to_string().contains("symbolic link"));
+        assert!(RealDisk.private_dir(&link.join("in")).unwrap_err().to_string().contains("symbolic link"));
+        assert!(!own.join("in").exists());
     }
 }
