@@ -28,7 +28,7 @@ use crate::{
 pub struct Line {
     outbox: Arc<Outbox>,
     uplink: JoinHandle<Delivery>,
-    spooling: Option<Spooling>,
+    spooling: Option<(Place, Spooling)>,
     /// How the delivery ended, once it has.
     delivery: Option<Delivery>,
     /// Whether the server has welcomed this agent.
@@ -63,7 +63,8 @@ impl Line {
         let mut spooling = None;
         if let Some((place, found)) = place {
             left = place.take_up(found, config.memory).await;
-            spooling = Some(place.start(outbox.clone(), identity.hello(0, 0)));
+            let own = place.start(outbox.clone(), identity.hello(0, 0));
+            spooling = Some((place, own));
         }
         for left in &left {
             recorder.took_over(left.records, left.finished);
@@ -122,9 +123,10 @@ impl Line {
                 warn!(records, "the server has not confirmed the end of the log within --linger");
             }
         }
-        if let Some(spooling) = self.spooling.take() {
+        if let Some((place, spooling)) = self.spooling.take() {
             self.uplink.abort();
             spooling.leave().await;
+            place.tidy().await;
         }
         self.delivery.take()
     }
@@ -145,6 +147,13 @@ async fn open_place(env: &Env, config: &SpoolConfig, identity: &Identity) -> Opt
     let step = (&identity.build, &identity.step);
     Place::open(env, dir, step, config.limit)
         .await
-        .inspect_err(|refusal| warn!("--spool-dir {} cannot be used, memory has to do: {refusal}", dir.display()))
+        .inspect_err(|refusal| {
+            warn!(
+                "--spool-dir {} cannot be used, memory has to do: {refusal} (it has to be a directory in which uid {} may \
+                 make one of its own)",
+                dir.display(),
+                rustix::process::geteuid().as_raw()
+            );
+        })
         .ok()
 }

@@ -34,6 +34,8 @@ pub(crate) struct Outbox {
     pressed: Notify,
     /// Since when records wait, or the server is away, without anything getting better.
     trouble: watch::Sender<Option<Instant>>,
+    /// Whether a spool makes room.
+    relief: watch::Sender<bool>,
 }
 
 #[derive(Debug, Default)]
@@ -62,6 +64,7 @@ impl Outbox {
             stirred: Notify::new(),
             pressed: Notify::new(),
             trouble: watch::Sender::new(Some(Instant::now())),
+            relief: watch::Sender::new(false),
         }
     }
 
@@ -152,9 +155,12 @@ impl Outbox {
 
     /// Gives up on spilled records, if everything before them is delivered. The server hears of it in the next hello.
     pub(crate) fn lose(&self, next: u64) -> bool {
-        let lost = self.with(|sender| sender.lose(next));
+        let lost = self.change(|state| {
+            let lost = state.sender.lose(next);
+            state.is_stale |= lost;
+            lost
+        });
         if lost {
-            self.lock().is_stale = true;
             self.filled.notify_one();
         }
         lost
@@ -189,6 +195,11 @@ impl Outbox {
         result
     }
 
+    /// What is left of the memory at this cost, bytes.
+    pub(crate) fn rest(&self, cost: u64) -> u64 {
+        self.limit.saturating_sub(cost)
+    }
+
     /// Whether memory is getting scarce.
     pub(crate) fn is_tight(&self, cost: u64) -> bool {
         cost > self.limit - self.limit / 4
@@ -213,6 +224,28 @@ impl Outbox {
             };
             std::mem::replace(trouble, now) != now
         });
+    }
+
+    /// Something has got better of which the sender does not know.
+    pub(crate) fn encourage(&self) {
+        self.trouble.send_if_modified(|trouble| {
+            *trouble = trouble.map(|_| Instant::now());
+            trouble.is_some()
+        });
+    }
+
+    /// Says whether a full memory is going to have room again without the server.
+    pub(crate) fn relieve(&self, relief: bool) {
+        self.relief.send_if_modified(|known| std::mem::replace(known, relief) != relief);
+    }
+
+    pub(crate) fn is_relieved(&self) -> bool {
+        *self.relief.borrow()
+    }
+
+    /// Waits until only the server can make room.
+    pub(crate) async fn unrelieved(&self) {
+        drop(self.relief.subscribe().wait_for(|relief| !relief).await); // the sender is held here: it is no error
     }
 
     /// Whether it has been so for this long.

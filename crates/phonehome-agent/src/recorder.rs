@@ -35,6 +35,7 @@ pub struct Recorder {
     out_of_time: bool,
     /// Why output was dropped last.
     cause: Cause,
+    warned: bool,
 }
 
 /// Why there was no room.
@@ -78,16 +79,17 @@ struct Ring {
 impl Recorder {
     pub(crate) fn new(env: Env, outbox: Arc<Outbox>, policy: Policy) -> Self {
         let (tally, ring) = (Tally::default(), Ring::default());
-        Self { env, outbox, tally, policy, ring, out_of_time: false, cause: Cause::SpoolFull }
+        Self { env, outbox, tally, policy, ring, out_of_time: false, cause: Cause::SpoolFull, warned: false }
     }
 
     /// Waits until a block can be taken, if need be at the cost of an older one. Cancel safe.
     pub async fn ready(&mut self) {
         while !self.outbox.has_room() && self.may_drop().is_none() {
-            let offline_limit = self.policy.offline_limit;
+            let (offline_limit, is_relieved) = (self.policy.offline_limit, self.outbox.is_relieved());
             tokio::select! {
                 biased; // room first: with it nothing need be dropped
                 () = self.outbox.room() => {}
+                () = self.outbox.unrelieved(), if is_relieved => {}
                 () = offline(&self.outbox, offline_limit) => {}
             }
         }
@@ -116,6 +118,7 @@ impl Recorder {
         };
         match self.policy.overflow {
             _ if self.out_of_time => Some(Cause::OutOfTime),
+            _ if self.outbox.is_relieved() => None, // it is only the disk that is slower than the command
             Overflow::Drop => Some(Cause::SpoolFull),
             Overflow::Block => offline.then_some(Cause::Offline),
         }
@@ -133,10 +136,10 @@ impl Recorder {
         self.ring.trim(self.policy.ring);
         if before == [0; 2] && self.ring.dropped != before {
             self.cause = self.may_drop().unwrap_or(Cause::SpoolFull);
-            warn!(
-                cause = self.cause.name(),
-                "there is no room for the command's output; some of it is left out of the log"
-            );
+            if !std::mem::replace(&mut self.warned, true) {
+                let cause = self.cause.name();
+                warn!(cause, "there is no room for the command's output; some of it is left out of the log");
+            }
         }
         payload
     }

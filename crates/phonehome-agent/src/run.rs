@@ -256,6 +256,7 @@ impl Supervisor {
     /// Waits for the end of the output: both pipes at their ends, or everybody gone who should have closed them. After
     /// `deadline` the capture waits for the server no longer, and in a hurry not for the reader of the copy either.
     async fn captured(&mut self, mut capture: Capturing, deadline: Instant) -> Result<Captured, Failure> {
+        self.patience = None; // there is no command left to end
         if let Plan::Nothing = self.plan {
             self.plan = Plan::Terminate(Instant::now() + LEFTOVER_PATIENCE);
         }

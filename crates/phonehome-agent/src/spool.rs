@@ -12,7 +12,7 @@ mod place;
 
 use std::{
     io,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -43,7 +43,7 @@ use crate::outbox::{Outbox, expiry};
 /// How long the server may take to confirm a record before it is written down.
 const PATIENCE: Duration = Duration::from_millis(200);
 
-/// How long after a full disk the next write is tried.
+/// How long after the disk or the limit was full the next write is tried.
 const RETRY: Duration = Duration::from_secs(5);
 
 /// Records moved at once, bytes.
@@ -58,8 +58,8 @@ pub(crate) struct Spool {
     env: Env,
     outbox: Arc<Outbox>,
     journal: Option<Journal>,
-    /// Where a journal goes once one is needed.
-    home: Option<(PathBuf, Box<Hello>)>,
+    /// Where a journal goes once one is needed. Without it there is one, which is only read.
+    home: Option<Home>,
     usage: Usage,
     is_writable: bool,
     written: Mark,
@@ -70,7 +70,20 @@ pub(crate) struct Spool {
     /// When to try again after the disk was full.
     retry: Option<Instant>,
     warned: bool,
+    /// The record that cannot be read.
+    unreadable: Option<u64>,
+    /// Whether what was done last was to bring records back.
+    has_brought: bool,
     leave: watch::Receiver<bool>,
+}
+
+/// Where a journal is made, and what it says first.
+#[derive(Debug, Clone)]
+pub(crate) struct Home {
+    /// The directories above, from the outermost on.
+    pub(crate) above: Vec<PathBuf>,
+    pub(crate) dir: PathBuf,
+    pub(crate) hello: Hello,
 }
 
 /// How far into the log: everything below a record's number, and whether the end is included.
@@ -144,8 +157,9 @@ enum Work {
 
 impl Spool {
     /// Starts a spool for a new attempt. Nothing is made on disk before it is needed.
-    pub(crate) fn start(env: Env, outbox: Arc<Outbox>, dir: PathBuf, hello: Hello, usage: Usage) -> Spooling {
-        Self::spawn(env, outbox, None, Some((dir, Box::new(hello))), usage)
+    pub(crate) fn start(env: Env, outbox: Arc<Outbox>, home: Home, usage: Usage) -> Spooling {
+        outbox.relieve(true);
+        Self::spawn(env, outbox, None, Some(home), usage)
     }
 
     /// Starts to bring back what an earlier agent left.
@@ -153,13 +167,7 @@ impl Spool {
         Self::spawn(env, outbox, Some(journal), None, usage)
     }
 
-    fn spawn(
-        env: Env,
-        outbox: Arc<Outbox>,
-        journal: Option<Journal>,
-        home: Option<(PathBuf, Box<Hello>)>,
-        usage: Usage,
-    ) -> Spooling {
+    fn spawn(env: Env, outbox: Arc<Outbox>, journal: Option<Journal>, home: Option<Home>, usage: Usage) -> Spooling {
         let (leave, leaving) = watch::channel(false);
         let is_writable = home.is_some();
         let written = if is_writable { Mark::default() } else { outbox.look(pending) };
@@ -175,6 +183,8 @@ impl Spool {
             due: None,
             retry: None,
             warned: false,
+            unreadable: None,
+            has_brought: false,
             leave: leaving,
         };
         Spooling { task: tokio::spawn(spool.run()), leave }
@@ -186,12 +196,17 @@ impl Spool {
             if self.outbox.look(Sender::is_done) || self.outbox.is_abandoned() {
                 return self.remove().await;
             }
-            if *self.leave.borrow() {
+            if self.is_leaving() {
                 return self.save().await;
             }
-            let work = self.next_work();
+            let work = self.next_work(Instant::now());
             self.work(work).await;
         }
+    }
+
+    /// Whether it is told to leave, or nobody is left to tell it.
+    fn is_leaving(&self) -> bool {
+        *self.leave.borrow() || self.leave.has_changed().is_err()
     }
 
     async fn work(&mut self, work: Work) {
@@ -209,12 +224,14 @@ impl Spool {
         self.goal = self.outbox.look(pending);
         self.retry = None;
         let outbox = self.outbox.clone();
-        while self.retry.is_none() {
-            match outbox.look(|sender| self.next_write(sender, Instant::now())) {
-                Work::End(finished) => self.end(*finished).await,
-                Work::Write(records) => self.write(records).await,
-                Work::Bring(..) | Work::Forget(_) | Work::Wait(_) => return,
-            }
+        while let Ok(work) = outbox.look(|sender| self.next_write(sender, Instant::now())) {
+            self.work(work).await;
+        }
+        outbox.relieve(false);
+        let pending = outbox.look(pending);
+        if self.home.is_some() && self.written < pending {
+            let records = pending.next - self.written.next;
+            warn!(records, "the end of the log is not in the spool, the next agent cannot deliver it");
         }
     }
 
@@ -222,80 +239,97 @@ impl Spool {
         let is_idle = until.is_none();
         tokio::select! {
             biased; // what presses first
-            _ = self.leave.changed() => {}
+            _ = self.leave.changed() => {} // or nobody is left to change it, which is looked for
             () = self.outbox.pressed() => {}
             () = self.outbox.stirred(), if is_idle => {}
             () = expiry(until) => {}
         }
     }
 
-    fn next_work(&mut self) -> Work {
-        let now = Instant::now();
+    fn next_work(&mut self, now: Instant) -> Work {
         let outbox = self.outbox.clone();
         outbox.spill(self.written.next);
         outbox.look(|sender| {
-            let room = outbox.keep().saturating_sub(sender.held_cost());
-            match sender.spilled() {
-                Some(first) if sender.held_cost() == 0 || room >= MAX_PAYLOAD as u64 + RECORD_COST => {
-                    return Work::Bring(first, room.min(BATCH as u64));
-                }
-                Some(_) | None => {}
-            }
             if self.journal.as_ref().is_some_and(|journal| journal.has_delivered(sender.oldest())) {
                 return Work::Forget(sender.oldest());
             }
-            self.next_write(sender, now)
+            let bring = self.next_bring(sender);
+            match (self.next_write(sender, now), bring) {
+                (Ok(write), _) if self.has_brought => write, // in turns: neither waits for the end of the other
+                (_, Some((first, most))) => Work::Bring(first, most),
+                (Ok(write), None) => write,
+                (Err(until), None) => Work::Wait(until),
+            }
         })
     }
 
-    /// What is to be written now, or when to look again.
-    fn next_write(&mut self, sender: &Sender, now: Instant) -> Work {
+    /// Where to bring records back from, and how much: what is sent next may take half of the memory, as far as the newest
+    /// leave room for it.
+    fn next_bring(&self, sender: &Sender) -> Option<(u64, u64)> {
+        let first = sender.spilled()?;
+        let room = self.outbox.keep().saturating_sub(sender.held_cost()).min(self.outbox.rest(sender.cost()));
+        let is_worth_it = room >= MAX_PAYLOAD as u64 + RECORD_COST && self.unreadable != Some(first);
+        (sender.held_cost() == 0 || is_worth_it).then(|| (first, room.min(BATCH as u64)))
+    }
+
+    /// What is to be written now; otherwise when to look again, if nothing happens.
+    fn next_write(&mut self, sender: &Sender, now: Instant) -> Result<Work, Option<Instant>> {
         self.written.next = self.written.next.max(sender.oldest());
         let pending = pending(sender);
         if self.written == pending || !self.is_writable {
             self.due = None;
-            return Work::Wait(None);
+            return Err(None);
         }
         if let Some(at) = self.retry.filter(|at| *at > now) {
-            return Work::Wait(Some(at));
+            return Err(Some(at));
         }
-        let presses = sender.spilled().is_some() || self.outbox.is_tight(sender.cost());
-        if self.written >= self.goal && !presses {
-            return Work::Wait(Some(self.next_goal(pending, sender.oldest(), now)));
+        if self.written >= self.goal && !self.outbox.is_tight(sender.cost()) {
+            self.look_at_goal(pending, sender.oldest(), now)?;
         }
         match sender.finished().filter(|_| self.written.next == pending.next) {
-            Some(finished) => Work::End(Box::new(finished.clone())),
-            None => self.fitting(sender.peek(self.written.next, BATCH)),
+            Some(finished) => Ok(Work::End(Box::new(finished.clone()))),
+            None => self.fitting(sender, now),
         }
     }
 
     /// Sets the goal when its time has come: the server has not confirmed in time what waited then.
-    fn next_goal(&mut self, pending: Mark, oldest: u64, now: Instant) -> Instant {
+    fn look_at_goal(&mut self, pending: Mark, oldest: u64, now: Instant) -> Result<(), Option<Instant>> {
         let (at, mark) = *self.due.get_or_insert((now + PATIENCE, pending));
         if at > now {
-            return at;
+            return Err(Some(at));
+        }
+        if mark <= (Mark { next: oldest, end: false }) {
+            self.due = Some((now + PATIENCE, pending));
+            return Err(Some(now + PATIENCE));
         }
         self.due = None;
-        if (Mark { next: oldest, end: false }) < mark {
-            self.goal = pending;
-        }
-        now
+        self.goal = pending;
+        Ok(())
     }
 
     /// As many as the limit has room for.
-    fn fitting(&mut self, mut records: Vec<Sealed>) -> Work {
-        while !records.is_empty() && Journal::size_of(&records) > self.usage.rest() {
+    fn fitting(&self, sender: &Sender, now: Instant) -> Result<Work, Option<Instant>> {
+        let rest = self.usage.rest();
+        let most = rest.min(self.usage.segment()).min(BATCH as u64);
+        let mut records = if rest == 0 { Vec::new() } else { sender.peek(self.written.next, most as usize) };
+        while !records.is_empty() && Journal::size_of(&records) > rest {
             records.truncate(records.len() / 2);
         }
-        if records.is_empty() { Work::Wait(None) } else { Work::Write(records) }
+        if records.is_empty() {
+            self.outbox.relieve(false);
+            return Err(Some(now + RETRY)); // another attempt's records may have gone meanwhile
+        }
+        Ok(Work::Write(records))
     }
 
     async fn write(&mut self, records: Vec<Sealed>) {
+        self.has_brought = false;
         let next = records.last().map_or(0, |sealed| sealed.record.seq + 1);
         match self.on_disk(move |journal| journal.append(&records)).await {
             Ok(()) => {
                 self.written.next = next;
                 self.warned = false;
+                self.outbox.relieve(true);
             }
             Err(error) => self.handle_error(&error),
         }
@@ -317,20 +351,22 @@ impl Spool {
     }
 
     async fn bring(&mut self, first: u64, most: u64) {
+        self.has_brought = true;
         match self.on_disk(move |journal| journal.read(first, most)).await {
             Ok(records) => self.outbox.restore(records),
-            Err(error) => self.handle_loss(first, &error).await,
+            Err(error) => self.handle_loss(first, &error),
         }
     }
 
-    /// What cannot be read is lost, and the server is told so, once it has everything before that.
-    async fn handle_loss(&mut self, first: u64, error: &io::Error) {
+    /// What cannot be read is lost, and the server is told so. Only once it has everything before that, and then it is
+    /// tried once more.
+    fn handle_loss(&mut self, first: u64, error: &io::Error) {
         let next = self.journal.as_ref().map_or(first + 1, |journal| journal.end_of_segment(first));
-        if self.outbox.lose(next) {
+        let is_final = self.unreadable == Some(first) && self.outbox.look(Sender::spilled) == Some(first);
+        if is_final && self.outbox.lose(next) {
             warn!(records = next - first, "the spool is damaged, output is lost: {error}");
-        } else {
-            self.wait(Some(Instant::now() + PATIENCE)).await;
         }
+        self.unreadable = Some(first);
     }
 
     /// The journal is not to be had: memory has to do.
@@ -338,8 +374,10 @@ impl Spool {
         self.is_writable = is_full(error);
         self.retry = Some(Instant::now() + RETRY);
         self.goal = Mark::default();
+        self.outbox.relieve(false);
         if !std::mem::replace(&mut self.warned, true) {
-            warn!("the spool cannot be written, memory has to do: {error}");
+            let dir = self.home.as_ref().map_or(Path::new(""), |home| &home.dir);
+            warn!("the spool in {} cannot be written, memory has to do: {error}", dir.display());
         }
     }
 
@@ -354,7 +392,7 @@ impl Spool {
         let done = self.env.blocking(move || {
             let mut journal = match (journal, home) {
                 (Some(journal), _) => journal,
-                (None, Some((dir, hello))) => match Journal::create(disk, dir, &hello, segment) {
+                (None, Some(Home { above, dir, hello })) => match Journal::create(disk, &above, dir, &hello, segment) {
                     Ok(journal) => journal,
                     Err(error) => return (None, Err(error)),
                 },
@@ -371,6 +409,7 @@ impl Spool {
 
     /// Everything is delivered, or never will be.
     async fn remove(&mut self) {
+        self.outbox.relieve(false);
         let Some(journal) = self.journal.take() else { return };
         self.usage.change(journal.bytes(), 0);
         if let Err(error) = self.env.blocking(move || journal.remove()).await {
@@ -383,3 +422,6 @@ impl Spool {
 fn pending(sender: &Sender) -> Mark {
     Mark { next: sender.next(), end: sender.finished().is_some() }
 }
+
+#[cfg(test)]
+mod tests;

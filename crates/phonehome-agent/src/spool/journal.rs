@@ -6,18 +6,19 @@
 //! DIR/NUMBER-PRODUCER/finished              the agent's Finished, once its command has ended
 //! ```
 //!
-//! Each file is a sequence of wire messages (see `docs/wire.md`), each behind its length as u32, little-endian. A message
-//! of records carries one, with its checksum: what does not decode or does not agree ends the file. Nothing is synced:
-//! the spool outlives the agent, not the node.
+//! Each file is a sequence of wire messages (see `docs/wire.md`), each behind its length and its CRC-32C, u32 both and
+//! little-endian. A message of records carries one. What does not agree with its checksum ends the file. Nothing is
+//! synced: the spool outlives the agent, not the node.
 
 use std::{
     collections::VecDeque,
+    ffi::{OsStr, OsString},
     io::{self, IoSlice},
     path::{Path, PathBuf},
     sync::Arc,
 };
 
-use bytes::{Bytes, BytesMut};
+use bytes::{Buf, Bytes, BytesMut};
 use phonehome_env::disk::{Disk, File, Open, write_whole};
 use phonehome_proto::{
     codec::{
@@ -62,7 +63,8 @@ struct Cursor {
 /// What was found of an attempt whose agent is gone.
 #[derive(Debug)]
 pub(crate) struct Found {
-    pub(super) hello: Hello,
+    /// `None` when its agent ended before it had said so: then nothing else is there.
+    pub(super) hello: Option<Hello>,
     pub(super) finished: Option<Finished>,
     /// The records that follow each other up to the last.
     pub(super) first: u64,
@@ -70,50 +72,76 @@ pub(crate) struct Found {
     pub(super) journal: Journal,
 }
 
-/// Length of a message's length.
-const PREFIX: usize = 4;
+/// Length of a message's length and checksum.
+const PREFIX: usize = 8;
 
-/// Bytes read at once.
-const CHUNK: usize = MAX_MESSAGE + PREFIX;
+/// Most bytes read at once.
+const CHUNK: u64 = (MAX_MESSAGE + PREFIX) as u64;
 
+const HELLO: &str = "hello";
+const FINISHED: &str = "finished";
 const SUFFIX: &str = "records";
 
 impl Journal {
-    /// Makes the directory and says in it whose it is.
-    pub(super) fn create(disk: Arc<dyn Disk>, dir: PathBuf, hello: &Hello, segment_size: u64) -> io::Result<Self> {
+    /// Makes the directory, and those above it that are not there, and says in it whose it is. After an error it is not
+    /// there, so that it can be tried again.
+    pub(super) fn create(
+        disk: Arc<dyn Disk>,
+        above: &[PathBuf],
+        dir: PathBuf,
+        hello: &Hello,
+        segment_size: u64,
+    ) -> io::Result<Self> {
+        make_dirs(&*disk, above)?;
         disk.private_dir(&dir)?;
-        let message = encode_agent(&AgentFrame::Hello(hello.clone())).map_err(invalid)?;
-        let path = dir.join("hello");
-        let lock = disk.open(&path, Open::New)?;
-        lock.lock()?;
-        lock.write_all_at(&mut [IoSlice::new(&prefix(&message)), IoSlice::new(&message)], 0)?;
+        let path = dir.join(HELLO);
+        let lock = match new_hello(&*disk, &path, hello) {
+            Ok(lock) => lock,
+            Err(error) => {
+                drop(disk.remove_file(&path)); // it may not even be there; the error that counts is the first
+                drop(disk.remove_dir(&dir));
+                return Err(error);
+            }
+        };
         Ok(Self { disk, dir, segments: VecDeque::new(), segment_size, cursor: Cursor::default(), lock: Some(lock) })
     }
 
-    /// Takes up what an earlier agent left. `None` when there is nothing in it, or its agent lives.
+    /// Takes up what an earlier agent left. `None` when its agent lives.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be read, or somebody else has put something there.
     pub(super) fn take_up(disk: Arc<dyn Disk>, dir: &Path, segment_size: u64) -> io::Result<Option<Found>> {
-        let lock = disk.open(&dir.join("hello"), Open::Write)?;
+        disk.private_dir(dir)?;
+        let names = disk.list(dir)?;
+        if let Some(foreign) = names.iter().find(|name| !is_ours(name)) {
+            let text = format!("{} does not belong there; remove it", foreign.display());
+            return Err(io::Error::new(io::ErrorKind::AlreadyExists, text));
+        }
+        // Without it the agent ended before there was a record.
+        let lock = disk.open(&dir.join(HELLO), Open::Write)?;
         if !lock.lock()? {
             return Ok(None);
         }
-        let Some(AgentFrame::Hello(hello)) = first_frame(&*lock)? else { return Ok(None) };
+        let hello = match first_frame(&*lock)? {
+            Some(AgentFrame::Hello(hello)) => Some(hello),
+            Some(AgentFrame::Records(_) | AgentFrame::Finished(_) | AgentFrame::Pong(_)) | None => None,
+        };
         let dir = dir.to_owned();
         let (segments, cursor) = (VecDeque::new(), Cursor::default());
         let mut journal = Self { disk, dir, segments, segment_size, cursor, lock: Some(lock) };
-        journal.find_segments()?;
+        journal.find_segments(&names)?;
         let finished = journal.find_end()?;
         let (first, next) = match (journal.segments.front(), journal.segments.back(), &finished) {
             (Some(front), Some(back), _) => (front.first, back.next),
             (None, _, Some(finished)) | (_, None, Some(finished)) => (finished.next, finished.next),
             (None, _, None) | (_, None, None) => (0, 0),
         };
-        // An end whose last records did not get here would promise what cannot be kept.
-        let finished = finished.filter(|finished| finished.next == next);
         Ok(Some(Found { hello, finished, first, next, journal }))
     }
 
     fn find_end(&self) -> io::Result<Option<Finished>> {
-        let path = self.dir.join("finished");
+        let path = self.dir.join(FINISHED);
         if !self.disk.exists(&path)? {
             return Ok(None);
         }
@@ -123,11 +151,11 @@ impl Journal {
 
     /// Finds the newest files whose records follow each other. What lies before a gap was acknowledged: only that is ever
     /// left out.
-    fn find_segments(&mut self) -> io::Result<()> {
-        for name in self.disk.list(&self.dir)? {
+    fn find_segments(&mut self, names: &[OsString]) -> io::Result<()> {
+        for name in names {
+            let Some(first) = first_of(name) else { continue };
             let path = self.dir.join(name);
-            let Some(first) = first_of(&path) else { continue };
-            let file = self.disk.open(&path, Open::Write)?;
+            let file = self.disk.open(&path, Open::Read)?;
             let (next, bytes) = measure(&*file, first)?;
             if self.segments.back().is_none_or(|last| last.next != first) {
                 self.segments.clear();
@@ -182,10 +210,10 @@ impl Journal {
     pub(super) fn finish(&self, finished: &Finished) -> io::Result<()> {
         let message = encode_agent(&AgentFrame::Finished(finished.clone())).map_err(invalid)?;
         let file = [&prefix(&message)[..], &message].concat();
-        write_whole(&*self.disk, &self.dir.join("finished"), &file, false)
+        write_whole(&*self.disk, &self.dir.join(FINISHED), &file, false)
     }
 
-    /// Reads records from `first` on, up to about `most` bytes of what they cost in memory. At least one.
+    /// Reads records from `first` on, up to `most` bytes of what they cost in memory. At least one.
     ///
     /// # Errors
     ///
@@ -198,17 +226,27 @@ impl Journal {
             self.cursor = Cursor { first: segment.first, next: segment.first, position: 0 };
         }
         let mut messages = Messages::new(&*segment.file, self.cursor.position, segment.bytes);
+        messages.chunk = most.min(CHUNK);
         let (mut records, mut cost) = (Vec::new(), 0);
-        while cost < most && self.cursor.next < segment.next {
-            let Some(sealed) = messages.next()?.and_then(|message| sealed(message, self.cursor.next)) else { break };
-            self.cursor.next += 1;
-            self.cursor.position = messages.position;
-            if sealed.record.seq >= first {
-                cost += sealed.record.cost();
+        while self.cursor.next < segment.next {
+            let sealed = match messages.next() {
+                Ok(message) => message.and_then(|message| sealed(message, self.cursor.next)),
+                Err(error) if records.is_empty() => return Err(error),
+                Err(_) => break, // it comes again in the next call, whose first record it concerns
+            };
+            let Some(sealed) = sealed else { break };
+            cost += sealed.record.cost();
+            if sealed.record.seq < first {
+                cost = 0; // read for its length only
+            } else if cost > most && !records.is_empty() {
+                break;
+            } else {
                 records.push(sealed);
             }
+            self.cursor.next += 1;
+            self.cursor.position = messages.position;
         }
-        if records.is_empty() { Err(io::ErrorKind::InvalidData.into()) } else { Ok(records) }
+        if records.is_empty() { Err(damaged()) } else { Ok(records) }
     }
 
     /// One more than the last record of the file that holds `seq`: how far a damaged file reaches.
@@ -233,7 +271,7 @@ impl Journal {
     /// Removes everything.
     pub(super) fn remove(mut self) -> io::Result<()> {
         self.forget(u64::MAX);
-        for name in self.disk.list(&self.dir)? {
+        for name in self.disk.list(&self.dir)?.iter().filter(|name| is_ours(name)) {
             self.disk.remove_file(&self.dir.join(name))?;
         }
         drop(self.lock.take());
@@ -241,14 +279,43 @@ impl Journal {
     }
 }
 
+/// Makes or checks directories, the outermost first. Another agent may remove one that is empty in the same moment.
+pub(super) fn make_dirs(disk: &dyn Disk, dirs: &[PathBuf]) -> io::Result<()> {
+    let make = || dirs.iter().try_for_each(|dir| disk.private_dir(dir).map_err(at(dir)));
+    make().or_else(|error| if error.kind() == io::ErrorKind::NotFound { make() } else { Err(error) })
+}
+
+/// Says where an error happened.
+pub(super) fn at(path: &Path) -> impl FnOnce(io::Error) -> io::Error {
+    move |error| io::Error::new(error.kind(), format!("{}: {error}", path.display()))
+}
+
+/// Says whose journal it is, in a file that nobody else has locked.
+fn new_hello(disk: &dyn Disk, path: &Path, hello: &Hello) -> io::Result<Box<dyn File>> {
+    let message = encode_agent(&AgentFrame::Hello(hello.clone())).map_err(invalid)?;
+    let file = disk.open(path, Open::New)?;
+    if !file.lock()? {
+        return Err(io::Error::new(io::ErrorKind::WouldBlock, "another agent of this step is taking it up"));
+    }
+    file.write_all_at(&mut [IoSlice::new(&prefix(&message)), IoSlice::new(&message)], 0)?;
+    Ok(file)
+}
+
+/// Whether a journal has files of this name; the last is a [`FINISHED`] that is being written.
+fn is_ours(name: &OsStr) -> bool {
+    first_of(name).is_some() || [HELLO, FINISHED, "finished.tmp"].iter().any(|ours| name == *ours)
+}
+
 /// The number in a segment's name.
-fn first_of(path: &Path) -> Option<u64> {
-    let name = path.file_name()?.to_str()?;
-    name.strip_suffix(SUFFIX)?.strip_suffix('.')?.parse().ok()
+fn first_of(name: &OsStr) -> Option<u64> {
+    name.to_str()?.strip_suffix(SUFFIX)?.strip_suffix('.')?.parse().ok()
 }
 
 fn prefix(message: &Bytes) -> [u8; PREFIX] {
-    (message.len() as u32).to_le_bytes()
+    let mut prefix = [0; PREFIX];
+    prefix[..4].copy_from_slice(&(message.len() as u32).to_le_bytes());
+    prefix[4..].copy_from_slice(&crc32c::crc32c(message).to_le_bytes());
+    prefix
 }
 
 /// How far the records of a file follow each other, and where the last of them ends.
@@ -270,11 +337,15 @@ fn first_frame(file: &dyn File) -> io::Result<Option<AgentFrame>> {
     Ok(message.and_then(|message| decode_agent(&message).ok()))
 }
 
-/// The one record of a message, if it is that record and intact.
+/// The one record of a message, if it is that record.
 fn sealed(message: Bytes, seq: u64) -> Option<Sealed> {
     let AgentFrame::Records(mut records) = decode_agent(&message).ok()? else { return None };
-    let record = records.pop().filter(|record| records.is_empty() && record.seq == seq && record.is_intact())?;
+    let record = records.pop().filter(|record| records.is_empty() && record.seq == seq)?;
     Some(Sealed { record, message })
+}
+
+fn damaged() -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, "a record is not as it was written")
 }
 
 fn invalid(error: EncodeError) -> io::Error {
@@ -289,11 +360,13 @@ struct Messages<'a> {
     end: u64,
     /// What was read ahead, from `position` on.
     ahead: Bytes,
+    /// How much is read ahead, bytes: records that stay in memory keep all that was read with them.
+    chunk: u64,
 }
 
 impl<'a> Messages<'a> {
     fn new(file: &'a dyn File, position: u64, end: u64) -> Self {
-        Self { file, position, end, ahead: Bytes::new() }
+        Self { file, position, end, ahead: Bytes::new(), chunk: CHUNK }
     }
 
     /// `None` at the end, or where what follows cannot be a message.
@@ -305,7 +378,11 @@ impl<'a> Messages<'a> {
         if len > MAX_MESSAGE || !self.has(PREFIX + len)? {
             return Ok(None);
         }
-        let message = self.ahead.split_to(PREFIX + len).slice(PREFIX..);
+        let message = self.ahead.slice(PREFIX..PREFIX + len);
+        if self.ahead[..PREFIX] != prefix(&message) {
+            return Ok(None);
+        }
+        self.ahead.advance(PREFIX + len);
         self.position += (PREFIX + len) as u64;
         Ok(Some(message))
     }
@@ -319,9 +396,253 @@ impl<'a> Messages<'a> {
         if rest < len as u64 {
             return Ok(false);
         }
-        let mut chunk = BytesMut::zeroed(rest.min(CHUNK as u64) as usize);
-        self.file.read_exact_at(&mut chunk, self.position)?;
-        self.ahead = chunk.freeze();
+        // What cannot be read further on is no reason not to have this.
+        let ahead = self.chunk.max(len as u64).min(rest) as usize;
+        self.ahead = self.read(ahead).or_else(|_| self.read(len))?;
         Ok(true)
+    }
+
+    fn read(&self, len: usize) -> io::Result<Bytes> {
+        let mut chunk = BytesMut::zeroed(len);
+        self.file.read_exact_at(&mut chunk, self.position)?;
+        Ok(chunk.freeze())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, os::unix::fs::symlink};
+
+    use phonehome_env::disk::RealDisk;
+    use phonehome_proto::{
+        codec::binary::{HEADROOM, seal},
+        frame::{Counts, End, Record, Stream},
+        id::{Digest, ProducerId},
+    };
+    use tempfile::TempDir;
+
+    use super::*;
+
+    #[test]
+    fn what_was_written_is_read_back_and_taken_up() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut journal = create(&dir);
+        for first in (0..40).step_by(4) {
+            journal.append(&records(first..first + 4)).unwrap();
+        }
+        assert!(segments(&dir).len() > 3, "{:?}", segments(&dir));
+        assert_eq!(read(&mut journal, 0..40), seqs(0..40));
+        assert_eq!(read(&mut journal, 17..40), seqs(17..40), "from the middle, and back");
+        journal.finish(&finished(40)).unwrap();
+        let before = journal.bytes();
+        journal.forget(21);
+        assert!(journal.bytes() < before && !journal.has_delivered(21));
+        assert_eq!(read(&mut journal, 21..40), seqs(21..40));
+        drop(journal);
+        let Found { hello: whose, finished: end, first, next, mut journal } = take_up(&dir).unwrap().unwrap();
+        assert_eq!((whose, end, next), (Some(hello()), Some(finished(40)), 40));
+        assert!(first <= 21);
+        assert_eq!(read(&mut journal, first..40), seqs(first..40));
+        journal.remove().unwrap();
+        assert!(!path(&dir).exists());
+    }
+
+    #[test]
+    fn no_more_is_read_than_memory_has_room_for_but_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut journal = create(&dir);
+        journal.append(&records(0..4)).unwrap();
+        let cost = records(0..1)[0].record.cost();
+        for (most, count) in [(0, 1), (cost, 1), (2 * cost - 1, 1), (2 * cost, 2), (100 * cost, 4)] {
+            assert_eq!(journal.read(0, most).unwrap().len(), count, "{most}");
+        }
+        assert_eq!(journal.read(4, cost).unwrap_err().kind(), io::ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn a_torn_tail_is_cut_wherever_it_was_torn() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut journal = create(&dir);
+        journal.append(&records(0..3)).unwrap();
+        journal.finish(&finished(3)).unwrap();
+        let ends: Vec<_> = (0..=3).map(|count| Journal::size_of(&records(0..count))).collect();
+        drop(journal);
+        let path = path(&dir).join("00000000000000000000.records");
+        for len in (0..ends[3]).rev() {
+            fs::File::options().write(true).open(&path).unwrap().set_len(len).unwrap();
+            let Found { finished: end, first, next, mut journal, .. } = take_up(&dir).unwrap().unwrap();
+            let whole = ends.iter().rposition(|end| *end <= len).unwrap() as u64;
+            if whole == 0 {
+                assert_eq!((first, next), (3, 3), "the end is all there is");
+            } else {
+                assert_eq!((first, next, read(&mut journal, 0..whole)), (0, whole, seqs(0..whole)), "{len}");
+                assert!(end.unwrap().next > next, "so it does not hold");
+            }
+        }
+    }
+
+    #[test]
+    fn a_flipped_bit_is_never_taken_for_what_was_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut journal = create(&dir);
+        journal.append(&records(0..3)).unwrap();
+        journal.finish(&finished(3)).unwrap();
+        drop(journal);
+        for name in ["00000000000000000000.records", HELLO, FINISHED] {
+            let file = path(&dir).join(name);
+            let whole = fs::read(&file).unwrap();
+            for at in 0..whole.len() {
+                let mut flipped = whole.clone();
+                flipped[at] ^= 1 << (at % 8);
+                fs::write(&file, &flipped).unwrap();
+                let Found { hello: whose, finished: end, first, next, mut journal } = take_up(&dir).unwrap().unwrap();
+                assert!(whose.is_none_or(|whose| name != HELLO && whose == hello()), "{name} {at}");
+                assert!(end.is_none_or(|end| name != FINISHED && end == finished(3)), "{name} {at}");
+                assert!(next == 3 || name.ends_with(SUFFIX) && next < 3, "{name} {at}");
+                let (found, expected) = (all(&mut journal, first..next), records(first..next));
+                assert!(found.iter().eq(expected.iter().map(|sealed| &sealed.record)), "{name} {at}");
+            }
+            fs::write(&file, &whole).unwrap();
+        }
+    }
+
+    #[test]
+    fn damage_after_it_was_taken_up_is_an_error_that_ends_with_its_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut journal = create(&dir);
+        (0..3).for_each(|at| journal.append(&records(10 * at..10 * at + 10)).unwrap());
+        let first = &segments(&dir)[0];
+        let mut bytes = fs::read(path(&dir).join(first)).unwrap();
+        let at = Journal::size_of(&records(0..4)) as usize + 20;
+        bytes[at] ^= 1;
+        fs::write(path(&dir).join(first), bytes).unwrap();
+        assert_eq!(read(&mut journal, 0..4), seqs(0..4), "what comes before is good");
+        assert_eq!(journal.read(4, 1).unwrap_err().kind(), io::ErrorKind::InvalidData);
+        assert_eq!(journal.end_of_segment(4), 10);
+        assert_eq!(read(&mut journal, 10..30), seqs(10..30));
+    }
+
+    #[test]
+    fn of_files_with_a_gap_between_them_the_newest_count() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut journal = create(&dir);
+        for range in [0..4, 4..8, 9..12, 12..13] {
+            journal.append(&records(range)).unwrap();
+        }
+        drop(journal);
+        let found = take_up(&dir).unwrap().unwrap();
+        assert_eq!((found.first, found.next, found.finished), (9, 13, None));
+        found.journal.remove().unwrap();
+        assert!(!path(&dir).exists(), "the others are removed with them");
+    }
+
+    #[test]
+    fn a_journal_whose_agent_lives_is_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let journal = create(&dir);
+        assert!(take_up(&dir).unwrap().is_none());
+        drop(journal);
+        assert!(take_up(&dir).unwrap().is_some());
+    }
+
+    #[test]
+    fn what_an_agent_left_before_it_had_said_who_it_is_is_empty() {
+        for contents in [None, Some(""), Some("\x05\0")] {
+            let dir = tempfile::tempdir().unwrap();
+            RealDisk.private_dir(&path(&dir)).unwrap();
+            if let Some(contents) = contents {
+                fs::write(path(&dir).join(HELLO), contents).unwrap();
+            }
+            let found = take_up(&dir).unwrap().unwrap();
+            assert_eq!((found.hello, found.first, found.next, found.finished), (None, 0, 0, None));
+            found.journal.remove().unwrap();
+            assert!(!path(&dir).exists());
+        }
+    }
+
+    #[test]
+    fn what_somebody_else_has_put_there_is_refused_by_name() {
+        let dir = tempfile::tempdir().unwrap();
+        drop(create(&dir));
+        let foreign = path(&dir).join("notes.txt");
+        fs::write(&foreign, "precious").unwrap();
+        assert!(take_up(&dir).unwrap_err().to_string().contains("notes.txt does not belong there"));
+        fs::remove_file(&foreign).unwrap();
+        let precious = dir.path().join("precious");
+        fs::write(&precious, "precious").unwrap();
+        symlink(&precious, path(&dir).join("00000000000000000007.records")).unwrap();
+        assert!(take_up(&dir).is_err(), "no link is followed");
+        assert_eq!(fs::read(&precious).unwrap(), b"precious");
+    }
+
+    #[test]
+    fn a_hello_that_could_not_be_written_leaves_nothing_behind() {
+        let dir = tempfile::tempdir().unwrap();
+        let too_long = Hello { agent: "x".repeat(1 << 17), ..hello() };
+        assert!(Journal::create(Arc::new(RealDisk), &[], path(&dir), &too_long, SEGMENT).is_err());
+        assert!(!path(&dir).exists());
+        create(&dir);
+    }
+
+    const SEGMENT: u64 = 400;
+
+    fn path(dir: &TempDir) -> PathBuf {
+        dir.path().join("000001-attempt")
+    }
+
+    fn create(dir: &TempDir) -> Journal {
+        Journal::create(Arc::new(RealDisk), &[], path(dir), &hello(), SEGMENT).unwrap()
+    }
+
+    fn take_up(dir: &TempDir) -> io::Result<Option<Found>> {
+        Journal::take_up(Arc::new(RealDisk), &path(dir), SEGMENT)
+    }
+
+    fn segments(dir: &TempDir) -> Vec<OsString> {
+        RealDisk.list(&path(dir)).unwrap().into_iter().filter(|name| first_of(name).is_some()).collect()
+    }
+
+    fn hello() -> Hello {
+        Hello {
+            build: "b".parse().unwrap(),
+            step: "s".parse().unwrap(),
+            producer: ProducerId([7; 16]),
+            oldest: 0,
+            next: 0,
+            labels: std::collections::BTreeMap::new(),
+            agent: "test".into(),
+            capabilities: Vec::new(),
+        }
+    }
+
+    fn finished(next: u64) -> Finished {
+        Finished { next, counts: Counts::default(), digest: Digest([1; 32]), end: End::Exited(3), time: 9, usage: None }
+    }
+
+    fn records(range: std::ops::Range<u64>) -> Vec<Sealed> {
+        let record = |seq| {
+            let mut block = BytesMut::zeroed(HEADROOM);
+            block.extend_from_slice(format!("this is line {seq}\n").as_bytes());
+            seal(block, seq, 1_700_000_000_000_000 + seq, Stream::Stdout, 100 * seq)
+        };
+        range.map(record).collect()
+    }
+
+    fn all(journal: &mut Journal, range: std::ops::Range<u64>) -> Vec<Record> {
+        let mut found = Vec::new();
+        while range.start + (found.len() as u64) < range.end {
+            let more = journal.read(range.start + found.len() as u64, 1000).unwrap();
+            found.extend(more.into_iter().map(|sealed| sealed.record));
+        }
+        found.truncate((range.end - range.start) as usize);
+        found
+    }
+
+    fn read(journal: &mut Journal, range: std::ops::Range<u64>) -> Vec<u64> {
+        all(journal, range).iter().map(|record| record.seq).collect()
+    }
+
+    fn seqs(range: std::ops::Range<u64>) -> Vec<u64> {
+        range.collect()
     }
 }

@@ -4,6 +4,7 @@
 //! directory, and the numbers say which attempt came first.
 
 use std::{
+    ffi::OsStr,
     io,
     path::{Path, PathBuf},
     sync::Arc,
@@ -15,11 +16,11 @@ use phonehome_proto::{
     id::{BuildId, ProducerId, StepName},
     sender::Sender,
 };
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use super::{
-    Spool, Spooling, Usage,
-    journal::{Found, Journal},
+    Home, Spool, Spooling, Usage,
+    journal::{Found, Journal, at, make_dirs},
 };
 use crate::outbox::Outbox;
 
@@ -27,21 +28,37 @@ use crate::outbox::Outbox;
 #[derive(Debug, Clone)]
 pub(crate) struct Place {
     env: Env,
-    step: PathBuf,
+    /// The user's, the build's and the step's directory.
+    dirs: [PathBuf; 3],
     usage: Usage,
     /// What the next attempt's directory is called.
     number: u64,
 }
 
-/// What an earlier agent left, ready to be delivered.
+/// What an earlier agent left, not touched yet.
 #[derive(Debug)]
 pub(crate) struct Left {
     pub(crate) producer: ProducerId,
-    pub(crate) outbox: Arc<Outbox>,
-    pub(crate) spooling: Spooling,
     pub(crate) records: u64,
     pub(crate) finished: bool,
+    env: Env,
+    sender: Sender,
+    journal: Journal,
+    memory: u64,
+    usage: Usage,
 }
+
+impl Left {
+    /// Makes it ready to be delivered. Not before its turn: until then it takes no memory.
+    pub(crate) fn start(self) -> (Arc<Outbox>, Spooling) {
+        let outbox = Arc::new(Outbox::holding(self.sender, self.memory));
+        let spooling = Spool::go_on(self.env, outbox.clone(), self.journal, self.usage);
+        (outbox, spooling)
+    }
+}
+
+/// What an earlier attempt may take of the memory while it is delivered; the new one fills its own meanwhile.
+const LEFT_SHARE: u64 = 2;
 
 impl Place {
     /// Makes the directories, as far as they are not there, and finds what earlier agents of this step left.
@@ -55,17 +72,17 @@ impl Place {
         (build, step): (&BuildId, &StepName),
         limit: u64,
     ) -> io::Result<(Self, Vec<Found>)> {
-        let usage = Usage::new(limit);
-        let private = dir.join(format!("phonehome-{}", rustix::process::geteuid().as_raw()));
-        let dirs = [private.clone(), private.join(build.as_str()), private.join(build.as_str()).join(step.as_str())];
-        let mut place = Self { env: env.clone(), step: dirs[2].clone(), usage, number: 1 };
+        let user = dir.join(format!("phonehome-{}", rustix::process::geteuid().as_raw()));
+        let build = user.join(build.as_str());
+        let dirs = [user, build.clone(), build.join(step.as_str())];
+        let mut place = Self { env: env.clone(), dirs, usage: Usage::new(limit), number: 1 };
         let (disk, dir) = (env.disk.clone(), dir.to_owned());
         let look = place.clone();
         let found = env.blocking(move || {
-            if !disk.exists(&dir)? {
-                disk.create_dirs(&dir)?;
+            if !disk.exists(&dir).map_err(at(&dir))? {
+                disk.create_dirs(&dir).map_err(at(&dir))?;
             }
-            dirs.iter().try_for_each(|dir| disk.private_dir(dir))?;
+            make_dirs(&*disk, &look.dirs)?;
             look.find(&disk)
         });
         let found = found.await?;
@@ -76,15 +93,13 @@ impl Place {
     /// What is there, oldest first. What cannot be read is left alone, and said.
     fn find(&self, disk: &Arc<dyn Disk>) -> io::Result<Vec<(u64, Option<Found>)>> {
         let mut all = Vec::new();
-        for name in disk.list(&self.step)? {
-            let number = name.to_str().and_then(|name| name.split_once('-')?.0.parse().ok());
-            let Some(number) = number else {
-                return Err(io::Error::new(
-                    io::ErrorKind::AlreadyExists,
-                    format!("{} does not belong there", self.step.join(name).display()),
-                ));
+        let [_, _, step] = &self.dirs;
+        for name in disk.list(step).map_err(at(step))? {
+            let dir = step.join(&name);
+            let Some(number) = number_of(&name) else {
+                let text = format!("{} does not belong there; remove it", dir.display());
+                return Err(io::Error::new(io::ErrorKind::AlreadyExists, text));
             };
-            let dir = self.step.join(name);
             match Journal::take_up(disk.clone(), &dir, self.usage.segment()) {
                 Ok(found) => all.push((number, found)),
                 Err(error) => {
@@ -96,28 +111,54 @@ impl Place {
         Ok(all)
     }
 
-    /// Makes what was found ready to be delivered; what is empty is removed.
+    /// Takes up what was found, oldest first; what is empty is removed.
     pub(crate) async fn take_up(&self, found: Vec<Found>, memory: u64) -> Vec<Left> {
         let mut left = Vec::new();
         for Found { hello, finished, first, next, journal } in found {
-            if first == next && finished.is_none() {
+            let is_empty = first == next && finished.is_none();
+            let Some(Hello { producer, .. }) = hello.filter(|_| !is_empty) else {
                 drop(self.env.blocking(move || journal.remove()).await); // the next agent tries again
                 continue;
-            }
+            };
+            // An end that counts more was written when the rest was acknowledged, or was damaged with it.
+            let is_whole = finished.as_ref().is_some_and(|finished| finished.next == next);
             info!(records = next - first, "an earlier agent left records; they are delivered first");
             self.usage.change(0, journal.bytes());
-            let (records, is_finished) = (next - first, finished.is_some());
-            let outbox = Arc::new(Outbox::holding(Sender::recover(first, next, finished), memory));
-            let spooling = Spool::go_on(self.env.clone(), outbox.clone(), journal, self.usage.clone());
-            left.push(Left { producer: hello.producer, outbox, spooling, records, finished: is_finished });
+            left.push(Left {
+                producer,
+                records: next - first,
+                finished: is_whole,
+                env: self.env.clone(),
+                sender: Sender::recover(first, next, finished),
+                journal,
+                memory: memory / LEFT_SHARE,
+                usage: self.usage.clone(),
+            });
         }
         left
     }
 
     /// Starts the spool of this agent's own attempt.
     pub(crate) fn start(&self, outbox: Arc<Outbox>, hello: Hello) -> Spooling {
-        let producer = &hello.producer;
-        let dir = self.step.join(format!("{:06}-{producer}", self.number));
-        Spool::start(self.env.clone(), outbox, dir, hello, self.usage.clone())
+        let [_, _, step] = &self.dirs;
+        let dir = step.join(format!("{:06}-{}", self.number, hello.producer));
+        let home = Home { above: self.dirs.to_vec(), dir, hello };
+        Spool::start(self.env.clone(), outbox, home, self.usage.clone())
     }
+
+    /// Removes the directories, as far as nothing is in them.
+    pub(crate) async fn tidy(self) {
+        let (disk, dirs) = (self.env.disk.clone(), self.dirs);
+        let tidied = self.env.blocking(move || dirs.iter().rev().try_for_each(|dir| disk.remove_dir(dir)));
+        if let Err(in_use) = tidied.await {
+            debug!("the spool's directories stay: {in_use}");
+        }
+    }
+}
+
+/// The number in the name of an attempt's directory.
+fn number_of(name: &OsStr) -> Option<u64> {
+    let (number, producer) = name.to_str()?.split_once('-')?;
+    producer.parse::<ProducerId>().ok()?;
+    number.parse().ok()
 }
