@@ -20,5 +20,6 @@ mod refusals;
 mod restart;
 mod resume;
 mod screen;
+mod spool;
 mod timeouts;
 mod trust;

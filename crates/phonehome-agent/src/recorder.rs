@@ -306,6 +306,20 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn nothing_is_dropped_while_a_spool_makes_room() {
+        let outbox = Arc::new(Outbox::new(BLOCK));
+        outbox.relieve(true);
+        let mut recorder = recorder(&outbox, Overflow::Drop, BLOCK);
+        recorder.record(Stream::Stdout, block(0, MAX_PAYLOAD));
+        assert!(timeout(10 * LIMIT, recorder.ready()).await.is_err(), "however long it takes");
+        outbox.relieve(false);
+        timeout(LIMIT, recorder.ready()).await.unwrap();
+        outbox.relieve(true);
+        recorder.hurry();
+        timeout(LIMIT, recorder.ready()).await.unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn what_waits_in_the_ring_is_recorded_as_soon_as_there_is_room() {
         let outbox = Arc::new(Outbox::new(BLOCK));
         let mut recorder = recorder(&outbox, Overflow::Drop, BLOCK);
