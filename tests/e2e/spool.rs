@@ -309,7 +309,8 @@ async fn required_delivery_changes_the_exit_code() {
 #[tokio::test]
 async fn a_directory_that_cannot_be_used_is_named_and_harms_no_build() {
     let user = user_dir();
-    let cases: [(&str, fn(&Path, &str), &str); 7] = [
+    type Prepare = fn(&Path, &str);
+    let cases: [(&str, Prepare, &str); 7] = [
         ("link", |spool, _| symlink(spool.parent().unwrap(), spool).unwrap(), "is a symbolic link"),
         ("link-within", |spool, user| symlink("/tmp", made(spool).join(user)).unwrap(), "is a symbolic link"),
         ("dangling", |spool, _| symlink("/nowhere/at/all", spool).unwrap(), "cannot be used"),
@@ -462,7 +463,8 @@ async fn dies(fault: &str) -> bool {
         return has_died;
     }
     assert_eq!((ended.code, text(&stored.log)), (4, "second\n".to_owned()), "{fault}: {told}");
-    assert_eq!(told, "", "{fault}: the second agent has nothing to complain about");
+    let is_torn = fault.starts_with("torn") && told.contains("none of them is whole") && told.lines().count() == 1;
+    assert!(told.is_empty() || is_torn, "{fault}: {told}");
     if last == 2 {
         let log = fs::read(attempt(&data, 1).join("log")).unwrap();
         assert!(all.as_bytes().starts_with(&log), "{fault}: not a prefix");

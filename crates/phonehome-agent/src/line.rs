@@ -10,7 +10,7 @@ use phonehome_proto::{
 use tokio::{
     sync::{mpsc, watch},
     task::JoinHandle,
-    time::Instant,
+    time::{Instant, timeout},
 };
 use tracing::{debug, error, warn};
 
@@ -19,7 +19,7 @@ use crate::{
     failure::Failure,
     outbox::Outbox,
     recorder::{Policy, Recorder},
-    spool::{Place, Spooling},
+    spool::{LEAVE, Place, Remains, Spooling},
     uplink::{Delivery, Dialler, Identity, Uplink},
 };
 
@@ -126,7 +126,7 @@ impl Line {
         if let Some((place, spooling)) = self.spooling.take() {
             self.uplink.abort();
             spooling.leave().await;
-            place.tidy().await;
+            drop(timeout(LEAVE, place.tidy()).await); // empty directories are no harm
         }
         self.delivery.take()
     }
@@ -142,7 +142,7 @@ impl Drop for Line {
 const RING_SHARE: u64 = 4;
 
 /// The place for spools. Without one memory has to do.
-async fn open_place(env: &Env, config: &SpoolConfig, identity: &Identity) -> Option<(Place, Vec<crate::spool::Found>)> {
+async fn open_place(env: &Env, config: &SpoolConfig, identity: &Identity) -> Option<(Place, Vec<Remains>)> {
     let dir = config.dir.as_deref()?;
     let step = (&identity.build, &identity.step);
     Place::open(env, dir, step, config.limit)

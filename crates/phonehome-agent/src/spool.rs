@@ -34,10 +34,7 @@ use tokio::{
 use tracing::{debug, warn};
 
 use self::journal::Journal;
-pub(crate) use self::{
-    journal::Found,
-    place::{Left, Place},
-};
+pub(crate) use self::place::{Left, Place, Remains};
 use crate::outbox::{Outbox, expiry};
 
 /// How long the server may take to confirm a record before it is written down.
@@ -141,8 +138,8 @@ impl Drop for Spooling {
     }
 }
 
-/// How long the last write may take.
-const LEAVE: Duration = Duration::from_secs(2);
+/// How long the last work on a disk may take.
+pub(crate) const LEAVE: Duration = Duration::from_secs(2);
 
 /// What there is to do.
 #[derive(Debug)]

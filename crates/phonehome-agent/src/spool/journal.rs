@@ -1,7 +1,7 @@
 //! The files of one attempt's spool.
 //!
 //! ```text
-//! DIR/NUMBER-PRODUCER/hello                 the agent's Hello
+//! DIR/NUMBER-PRODUCER/hello                 the agent's Hello, for whoever looks; locked as long as the agent lives
 //! DIR/NUMBER-PRODUCER/FIRST.records         records from FIRST on, consecutive
 //! DIR/NUMBER-PRODUCER/finished              the agent's Finished, once its command has ended
 //! ```
@@ -63,12 +63,12 @@ struct Cursor {
 /// What was found of an attempt whose agent is gone.
 #[derive(Debug)]
 pub(crate) struct Found {
-    /// `None` when its agent ended before it had said so: then nothing else is there.
-    pub(super) hello: Option<Hello>,
     pub(super) finished: Option<Finished>,
     /// The records that follow each other up to the last.
     pub(super) first: u64,
     pub(super) next: u64,
+    /// Whether there is a file of records that does not even begin with one.
+    pub(super) is_damaged: bool,
     pub(super) journal: Journal,
 }
 
@@ -118,26 +118,21 @@ impl Journal {
             let text = format!("{} does not belong there; remove it", foreign.display());
             return Err(io::Error::new(io::ErrorKind::AlreadyExists, text));
         }
-        // Without it the agent ended before there was a record.
-        let lock = disk.open(&dir.join(HELLO), Open::Write)?;
+        let lock = disk.open(&dir.join(HELLO), Open::Write)?; // without it the agent ended before there was a record
         if !lock.lock()? {
             return Ok(None);
         }
-        let hello = match first_frame(&*lock)? {
-            Some(AgentFrame::Hello(hello)) => Some(hello),
-            Some(AgentFrame::Records(_) | AgentFrame::Finished(_) | AgentFrame::Pong(_)) | None => None,
-        };
         let dir = dir.to_owned();
         let (segments, cursor) = (VecDeque::new(), Cursor::default());
         let mut journal = Self { disk, dir, segments, segment_size, cursor, lock: Some(lock) };
-        journal.find_segments(&names)?;
+        let is_damaged = journal.find_segments(&names)?;
         let finished = journal.find_end()?;
         let (first, next) = match (journal.segments.front(), journal.segments.back(), &finished) {
             (Some(front), Some(back), _) => (front.first, back.next),
             (None, _, Some(finished)) | (_, None, Some(finished)) => (finished.next, finished.next),
             (None, _, None) | (_, None, None) => (0, 0),
         };
-        Ok(Some(Found { hello, finished, first, next, journal }))
+        Ok(Some(Found { finished, first, next, is_damaged, journal }))
     }
 
     fn find_end(&self) -> io::Result<Option<Finished>> {
@@ -150,8 +145,9 @@ impl Journal {
     }
 
     /// Finds the newest files whose records follow each other. What lies before a gap was acknowledged: only that is ever
-    /// left out.
-    fn find_segments(&mut self, names: &[OsString]) -> io::Result<()> {
+    /// left out. Says whether one of them is of no use at all.
+    fn find_segments(&mut self, names: &[OsString]) -> io::Result<bool> {
+        let mut is_damaged = false;
         for name in names {
             let Some(first) = first_of(name) else { continue };
             let path = self.dir.join(name);
@@ -162,9 +158,11 @@ impl Journal {
             }
             if next > first {
                 self.segments.push_back(Segment { path, file, first, next, bytes });
+            } else {
+                is_damaged |= !file.is_empty()?;
             }
         }
-        Ok(())
+        Ok(is_damaged)
     }
 
     /// Bytes on disk.
@@ -439,8 +437,8 @@ mod tests {
         assert!(journal.bytes() < before && !journal.has_delivered(21));
         assert_eq!(read(&mut journal, 21..40), seqs(21..40));
         drop(journal);
-        let Found { hello: whose, finished: end, first, next, mut journal } = take_up(&dir).unwrap().unwrap();
-        assert_eq!((whose, end, next), (Some(hello()), Some(finished(40)), 40));
+        let Found { finished: end, first, next, is_damaged, mut journal } = take_up(&dir).unwrap().unwrap();
+        assert_eq!((end, next, is_damaged), (Some(finished(40)), 40, false));
         assert!(first <= 21);
         assert_eq!(read(&mut journal, first..40), seqs(first..40));
         journal.remove().unwrap();
@@ -495,8 +493,8 @@ mod tests {
                 let mut flipped = whole.clone();
                 flipped[at] ^= 1 << (at % 8);
                 fs::write(&file, &flipped).unwrap();
-                let Found { hello: whose, finished: end, first, next, mut journal } = take_up(&dir).unwrap().unwrap();
-                assert!(whose.is_none_or(|whose| name != HELLO && whose == hello()), "{name} {at}");
+                let Found { finished: end, first, next, is_damaged, mut journal } = take_up(&dir).unwrap().unwrap();
+                assert_eq!(is_damaged, name.ends_with(SUFFIX) && next == first, "{name} {at}");
                 assert!(end.is_none_or(|end| name != FINISHED && end == finished(3)), "{name} {at}");
                 assert!(next == 3 || name.ends_with(SUFFIX) && next < 3, "{name} {at}");
                 let (found, expected) = (all(&mut journal, first..next), records(first..next));
@@ -554,7 +552,7 @@ mod tests {
                 fs::write(path(&dir).join(HELLO), contents).unwrap();
             }
             let found = take_up(&dir).unwrap().unwrap();
-            assert_eq!((found.hello, found.first, found.next, found.finished), (None, 0, 0, None));
+            assert_eq!((found.first, found.next, found.finished, found.is_damaged), (0, 0, None, false));
             found.journal.remove().unwrap();
             assert!(!path(&dir).exists());
         }

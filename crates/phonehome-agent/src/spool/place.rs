@@ -35,6 +35,13 @@ pub(crate) struct Place {
     number: u64,
 }
 
+/// What was found of an earlier agent.
+#[derive(Debug)]
+pub(crate) struct Remains {
+    producer: ProducerId,
+    found: Found,
+}
+
 /// What an earlier agent left, not touched yet.
 #[derive(Debug)]
 pub(crate) struct Left {
@@ -71,7 +78,7 @@ impl Place {
         dir: &Path,
         (build, step): (&BuildId, &StepName),
         limit: u64,
-    ) -> io::Result<(Self, Vec<Found>)> {
+    ) -> io::Result<(Self, Vec<Remains>)> {
         let user = dir.join(format!("phonehome-{}", rustix::process::geteuid().as_raw()));
         let build = user.join(build.as_str());
         let dirs = [user, build.clone(), build.join(step.as_str())];
@@ -90,36 +97,39 @@ impl Place {
         Ok((place, found.into_iter().filter_map(|(_, found)| found).collect()))
     }
 
-    /// What is there, oldest first. What cannot be read is left alone, and said.
-    fn find(&self, disk: &Arc<dyn Disk>) -> io::Result<Vec<(u64, Option<Found>)>> {
+    /// What is there, oldest first, by number. What cannot be read is left alone, and said.
+    fn find(&self, disk: &Arc<dyn Disk>) -> io::Result<Vec<(u64, Option<Remains>)>> {
         let mut all = Vec::new();
         let [_, _, step] = &self.dirs;
         for name in disk.list(step).map_err(at(step))? {
             let dir = step.join(&name);
-            let Some(number) = number_of(&name) else {
+            let Some((number, producer)) = attempt_of(&name) else {
                 let text = format!("{} does not belong there; remove it", dir.display());
                 return Err(io::Error::new(io::ErrorKind::AlreadyExists, text));
             };
             match Journal::take_up(disk.clone(), &dir, self.usage.segment()) {
-                Ok(found) => all.push((number, found)),
+                Ok(found) => all.push((number, found.map(|found| Remains { producer, found }))),
                 Err(error) => {
                     warn!("what an earlier agent left in {} cannot be used: {error}", dir.display());
                     all.push((number, None));
                 }
             }
         }
+        all.sort_by_key(|(number, _)| *number);
         Ok(all)
     }
 
     /// Takes up what was found, oldest first; what is empty is removed.
-    pub(crate) async fn take_up(&self, found: Vec<Found>, memory: u64) -> Vec<Left> {
+    pub(crate) async fn take_up(&self, found: Vec<Remains>, memory: u64) -> Vec<Left> {
         let mut left = Vec::new();
-        for Found { hello, finished, first, next, journal } in found {
-            let is_empty = first == next && finished.is_none();
-            let Some(Hello { producer, .. }) = hello.filter(|_| !is_empty) else {
+        for Remains { producer, found: Found { finished, first, next, is_damaged, journal } } in found {
+            if first == next && finished.is_none() {
+                if is_damaged {
+                    warn!("an earlier agent left records, but none of them is whole");
+                }
                 drop(self.env.blocking(move || journal.remove()).await); // the next agent tries again
                 continue;
-            };
+            }
             // An end that counts more was written when the rest was acknowledged, or was damaged with it.
             let is_whole = finished.as_ref().is_some_and(|finished| finished.next == next);
             info!(records = next - first, "an earlier agent left records; they are delivered first");
@@ -156,9 +166,8 @@ impl Place {
     }
 }
 
-/// The number in the name of an attempt's directory.
-fn number_of(name: &OsStr) -> Option<u64> {
+/// The number and the producer in the name of an attempt's directory.
+fn attempt_of(name: &OsStr) -> Option<(u64, ProducerId)> {
     let (number, producer) = name.to_str()?.split_once('-')?;
-    producer.parse::<ProducerId>().ok()?;
-    number.parse().ok()
+    Some((number.parse().ok()?, producer.parse().ok()?))
 }
