@@ -124,17 +124,11 @@ pub(crate) struct Spooling {
 
 impl Spooling {
     /// Lets it write down what is not delivered, for the next agent.
-    pub(crate) async fn leave(mut self) {
+    pub(crate) async fn leave(self) {
         self.leave.send_replace(true);
-        if timeout(LEAVE, &mut self.task).await.is_err() {
+        if timeout(LEAVE, self.task).await.is_err() {
             warn!("the spool could not be written in time");
         }
-    }
-}
-
-impl Drop for Spooling {
-    fn drop(&mut self) {
-        self.task.abort();
     }
 }
 
