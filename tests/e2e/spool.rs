@@ -331,7 +331,7 @@ async fn a_directory_that_cannot_be_used_is_named_and_harms_no_build() {
 async fn a_read_only_file_system_is_named_and_harms_no_build() {
     let scene = Scene::new();
     let spool = scene.path("read-only");
-    let Some(_mounted) = Mounted::read_only(&spool) else { return skipped("a tmpfs cannot be mounted") };
+    let Some(_mounted) = Mounted::new(&spool, "size=1m,ro") else { return skipped("a tmpfs cannot be mounted") };
     is_told_and_harmless(scene, &spool, "Read-only file system").await;
 }
 
@@ -474,6 +474,76 @@ async fn dies(fault: &str) -> bool {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_agent_may_die_while_it_delivers_what_another_left() {
+    if std::env::var_os("PHONEHOME_BIN_DIR").is_some() {
+        return skipped("only programs that were built for tests fail on demand");
+    }
+    for operation in ["mkdir", "open", "remove"] {
+        let mut turn = 1;
+        while second_dies(&format!("kill@{turn}:{operation}:*")).await {
+            turn += 1;
+            assert!(turn < 60, "{operation}: that is more than it should need");
+        }
+        assert!(turn > 1, "{operation}: there is no such operation");
+    }
+}
+
+/// Says whether the fault came to pass.
+async fn second_dies(fault: &str) -> bool {
+    let mut hook = Hook::wait(&["--no-tls"]).await;
+    let spool = hook.scene.path("spool");
+    let proxy = Proxy::to(hook.address(), Mode::Refuse, 0).await;
+    let flags = options(&spool, &["--spool-memory", "256KiB", "--spool-limit", "1MiB", "--linger", "5s"]);
+    let mut first = hook.agent_through(&proxy, &flags, "seq 1 80000; exec sleep 120");
+    let all = lines(1..=80_000);
+    eventually("all is in the spool", || bytes(&spool) > all.len() as u64).await;
+    first.signal(Signal::KILL);
+    first.ended().await;
+    let mut command = hook.agent_command(&flags, "echo second; exit 4");
+    let mut second = Process::spawn(command.env("PHONEHOME_FAULT", fault));
+    let has_died = second.ended().await == 137;
+    let mut last = second;
+    if has_died {
+        last = hook.agent(&flags, "echo third; exit 5");
+        last.ended().await;
+    }
+    let ended = hook.ended().await;
+    assert!(ended.stderr().contains("the log is complete"), "{fault}: {}", ended.stderr());
+    // The second command may not have come to write anything, or not have been read.
+    let printed = ended.stdout().strip_prefix(&all).map(str::to_owned).expect("the first attempt is complete");
+    match ended.code {
+        4 => assert_eq!(printed, "second\n", "{fault}"), // it may have died with nothing left to deliver
+        5 => assert!(has_died && ["third\n", "second\nthird\n"].contains(&&*printed), "{fault}: {printed}"),
+        code => panic!("{fault}: {code}"),
+    }
+    if ended.code == 5 || !has_died {
+        assert_eq!(text(&last.stderr.all().await), "", "{fault}");
+        assert_eq!(fs::read_dir(&spool).map_or(0, Iterator::count), 0, "{fault}: {:?}", files(&spool));
+    }
+    has_died
+}
+
+/// In the middle of a write, as file systems do.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_file_system_that_gets_full_costs_memory_only() {
+    let scene = Scene::new();
+    let small = scene.path("small");
+    let Some(_mounted) = Mounted::new(&small, "size=1m") else { return skipped("a tmpfs cannot be mounted") };
+    let mut hook = Hook::wait_in(scene, &[]).await;
+    let proxy = Proxy::to(hook.address(), Mode::Refuse, 0).await;
+    let flags = options(&small, &["--spool-memory", "512KiB"]);
+    let mut agent = hook.agent_through(&proxy, &flags, "seq 1 500000; exit 3");
+    agent.stderr.shows("memory has to do").await;
+    assert!(bytes(&small) > 500 * KIB, "{} bytes", bytes(&small));
+    proxy.set(Mode::Forward);
+    let ended = hook.ended().await;
+    assert!(ended.stdout() == lines(1..=500_000), "{}", ended.stderr());
+    assert_eq!((ended.code, agent.ended().await), (3, 3));
+    assert!(ended.stderr().contains("the log is complete"), "{}", ended.stderr());
+    assert_eq!(fs::read_dir(&small).unwrap().count(), 0, "{:?}", files(&small));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_disk_that_takes_nothing_costs_memory_only() {
     if std::env::var_os("PHONEHOME_BIN_DIR").is_some() {
         return skipped("only programs that were built for tests fail on demand");
@@ -597,13 +667,13 @@ fn lines(numbers: std::ops::RangeInclusive<u64>) -> String {
     numbers.fold(String::new(), |all, number| all + &number.to_string() + "\n")
 }
 
-/// A file system that nobody can write to.
+/// A file system of a test's own.
 struct Mounted(PathBuf);
 
 impl Mounted {
-    fn read_only(path: &Path) -> Option<Self> {
+    fn new(path: &Path, options: &str) -> Option<Self> {
         let mut mount = Command::new("mount");
-        mount.args(["-t", "tmpfs", "-o", "size=1m,ro", "tmpfs"]).arg(made(path)).stderr(std::process::Stdio::null());
+        mount.args(["-t", "tmpfs", "-o", options, "tmpfs"]).arg(made(path)).stderr(std::process::Stdio::null());
         mount.status().is_ok_and(|status| status.success()).then(|| Self(path.to_owned()))
     }
 }
