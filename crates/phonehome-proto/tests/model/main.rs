@@ -66,7 +66,11 @@ fn a_link_that_loses_messages() {
 
 #[test]
 fn an_agent_that_changes_what_it_sends() {
-    passes(&altering(), 2000, &[Situation::Conflict, Situation::Incomplete]);
+    passes(
+        &altering(),
+        2000,
+        &[Situation::Conflict, Situation::FencedRewind, Situation::Incomplete, Situation::Rewound],
+    );
 }
 
 #[test]

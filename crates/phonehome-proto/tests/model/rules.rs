@@ -124,6 +124,8 @@ pub(crate) enum Situation {
     FencedRecords,
     /// The same from an older attempt.
     FencedRecordsOfOlderAttempt,
+    /// An older connection was to have its records sent again when its lease was void.
+    FencedRewind,
     /// FINISHED came again.
     FinishedAgain,
     /// A hello that the server had not read outlived its crash.
@@ -142,6 +144,8 @@ pub(crate) enum Situation {
     ResumeAtFinished,
     /// After a crash an agent went on in the middle.
     ResumeAfterCrash,
+    /// Records were taken back and sent again.
+    Rewound,
     /// An older attempt was told so in place of a welcome.
     Superseded,
     /// An agent was superseded after its welcome and came back.

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, rc::Rc};
 use phonehome_proto::{
     attempts::{Attempts, Lease},
     close::CloseCode,
-    frame::{Durable, FinishedAck, Hello, Record},
+    frame::{Durable, Finished, FinishedAck, Hello, Record},
     id::{ProducerId, StepName},
     receiver::{AgentViolation, Ending, Receiver},
     tally::Tally,
@@ -35,6 +35,8 @@ pub(crate) struct Log {
     pub(crate) durable: usize,
     /// How much there was when a newer attempt was made.
     pub(crate) fenced: Option<usize>,
+    /// Whether this process has made its agent send a part of it again.
+    pub(crate) rewound: bool,
 }
 
 #[derive(Clone, PartialEq, Eq)]
@@ -53,8 +55,8 @@ pub(crate) struct Seat {
     pub(crate) acked: u64,
     /// Whether FINISHED came over this connection.
     pub(crate) told: bool,
-    /// Whether it was answered.
-    pub(crate) answered: bool,
+    /// Whether it has said its last word: the answer, or one that is void.
+    pub(crate) silent: bool,
 }
 
 impl Server {
@@ -78,11 +80,15 @@ impl Server {
         if lease.new {
             self.logs.iter_mut().for_each(|log| log.fenced = Some(log.entries.len()));
             self.lives.push(identity);
-            self.logs.push(Log { agent: who, entries: Vec::new(), durable: 0, fenced: None });
+            self.logs.push(Log { agent: who, entries: Vec::new(), durable: 0, fenced: None, rewound: false });
         }
         let log = self.log_mut(lease);
-        let receiver = log.greet(hello, model, seen)?;
-        Ok(Seat { lease, acked: receiver.durable(), receiver: Rc::new(receiver), told: false, answered: false })
+        let mut receiver = log.greet(hello, model, seen)?;
+        if model.lacks(Rule::ResumeFromDurable) {
+            receiver.handle_durable(&receiver.tally().clone());
+        }
+        let acked = receiver.acknowledge();
+        Ok(Seat { lease, acked, receiver: Rc::new(receiver), told: false, silent: false })
     }
 
     /// Whom the server takes the agent for.
@@ -144,8 +150,10 @@ impl Server {
         model: &Model,
         seen: &mut Seen,
     ) -> Result<Option<FinishedAck>, CloseCode> {
-        let finished = self.log(seat.lease).script(model).finished.clone();
-        let ending = Rc::make_mut(&mut seat.receiver).handle_finished(finished);
+        let log = self.log(seat.lease);
+        let receiver = Rc::make_mut(&mut seat.receiver);
+        receiver.handle_durable(&log.durable_tally(model)); // what is not seen yet may as well come later
+        let ending = receiver.handle_finished(log.script(model).finished.clone());
         let entry = match ending.map_err(|violation| violation.close_code())? {
             Ending::Accept(FinishedAck::Incomplete(_)) if model.lacks(Rule::DigestIsCompared) => FinishedAck::Complete,
             Ending::Accept(FinishedAck::Incomplete(_)) if model.lacks(Rule::GapIsIncomplete) => FinishedAck::Complete,
@@ -161,6 +169,12 @@ impl Server {
             Ending::Resume(_) if model.lacks(Rule::FinishedIsLast) => FinishedAck::Complete,
             Ending::Resume(answer) => {
                 seen.note(Situation::ResumeAtFinished);
+                seat.acked = seat.receiver.acked().next();
+                return Ok(Some(answer));
+            }
+            Ending::Rewind(_) if model.lacks(Rule::DigestIsCompared) => FinishedAck::Complete,
+            Ending::Rewind(answer) => {
+                self.rewind(seat, seen);
                 return Ok(Some(answer));
             }
         };
@@ -175,6 +189,19 @@ impl Server {
             });
         }
         Ok(None)
+    }
+
+    /// Takes back what one connection has stored beyond what it acknowledged. When its lease is void nothing happens, but
+    /// it goes on as if it had, until it hears that it is superseded.
+    fn rewind(&mut self, seat: &mut Seat, seen: &mut Seen) {
+        let holds = self.attempts.is_current(seat.lease);
+        seat.silent = !holds;
+        seen.note(if holds { Situation::Rewound } else { Situation::FencedRewind });
+        let log = self.log_mut(seat.lease);
+        log.rewound = true;
+        if holds {
+            log.take_back(seat.receiver.tally().next());
+        }
     }
 
     /// Whether the store takes something from the holder of `lease`.
@@ -201,7 +228,7 @@ impl Server {
     pub(crate) fn crash(&mut self, kept: usize, model: &Model) {
         if let Some(log) = self.logs.last_mut() {
             log.entries.truncate(kept);
-            log.durable = kept;
+            (log.durable, log.rewound) = (kept, false);
         }
         if kept == 0 && model.lacks(Rule::AttemptIsDurable) {
             self.lives.pop();
@@ -234,7 +261,7 @@ impl Server {
         out.extend_from_slice(&[self.logs.len() as u8, u8::from(self.attempts.is_finished())]);
         for (log, life) in self.logs.iter().zip(&self.lives) {
             out.extend_from_slice(&[life.0[0], log.agent as u8, log.durable as u8, log.entries.len() as u8]);
-            out.push(log.fenced.map_or(u8::MAX, |fenced| fenced as u8));
+            out.extend_from_slice(&[log.fenced.map_or(u8::MAX, |fenced| fenced as u8), u8::from(log.rewound)]);
             for entry in &log.entries {
                 match entry {
                     Entry::Finished(answer) => {
@@ -256,8 +283,8 @@ impl Log {
         &model.scripts[self.agent]
     }
 
-    /// What a connection starts from: what is durable, and then what was only received.
-    fn receiver(&self, model: &Model) -> Receiver {
+    /// The account of what is durable, how many records are lost, and the end.
+    fn account(&self, model: &Model) -> (Tally, u64, Option<(Finished, FinishedAck)>) {
         let (mut tally, mut lost, mut end) = (Tally::default(), 0, None);
         for entry in &self.entries[..self.durable] {
             match entry {
@@ -269,10 +296,27 @@ impl Log {
                 Entry::Record { agent, seq, altered } => tally.add(model.record(*agent, *seq, *altered)),
             }
         }
+        (tally, lost, end)
+    }
+
+    /// The account of what is durable.
+    pub(crate) fn durable_tally(&self, model: &Model) -> Tally {
+        self.account(model).0
+    }
+
+    /// What a connection starts from: what is durable, and then what was only received.
+    fn receiver(&self, model: &Model) -> Receiver {
+        let (tally, lost, end) = self.account(model);
         let mut receiver = Receiver::resume(tally, lost, end);
+        if self.rewound {
+            receiver.note_rewound();
+        }
         for entry in &self.entries[self.durable..] {
             match entry {
-                Entry::Finished(_) => drop(receiver.handle_finished(self.script(model).finished.clone())), // as before
+                Entry::Finished(_) => {
+                    receiver.note_rewound(); // nothing is taken back from before an end
+                    drop(receiver.handle_finished(self.script(model).finished.clone())); // as before
+                }
                 Entry::Hole { .. } => unreachable!("a hole is made durable first"),
                 Entry::Record { agent, seq, altered } => {
                     let record = model.record(*agent, *seq, *altered).clone();
@@ -293,7 +337,7 @@ impl Log {
                 self.entries.push(Entry::Hole { count: next - stored, next });
             }
             self.durable = self.entries.len();
-            receiver.handle_durable(next, receiver.tally().bytes());
+            receiver.handle_durable(&receiver.tally().clone());
         }
         Ok(receiver)
     }
@@ -321,13 +365,15 @@ impl Log {
         })
     }
 
-    /// Bytes of payload that are durable.
-    pub(crate) fn durable_bytes(&self, model: &Model) -> u64 {
-        let bytes = |entry: &Entry| match entry {
-            Entry::Finished(_) | Entry::Hole { .. } => 0,
-            Entry::Record { agent, seq, altered } => model.record(*agent, *seq, *altered).payload.len() as u64,
+    /// Takes back the records from `next` on, durable or not.
+    fn take_back(&mut self, next: u64) {
+        let is_kept = |entry: &Entry| match entry {
+            Entry::Finished(_) => unreachable!("nothing is taken back from before an end"),
+            Entry::Hole { .. } => true,
+            Entry::Record { seq, .. } => *seq < next,
         };
-        self.entries[..self.durable].iter().map(bytes).sum()
+        self.entries.retain(is_kept);
+        self.durable = self.durable.min(self.entries.len());
     }
 
     pub(crate) fn end(&self) -> Option<&FinishedAck> {
@@ -385,21 +431,44 @@ impl Seat {
     /// What the next ack says, if that is news.
     pub(crate) fn ack(&self, log: &Log, model: &Model) -> Option<u64> {
         let next = if model.lacks(Rule::AckIsDurable) { self.receiver.next() } else { log.durable_next() };
-        (next > self.acked && !self.answered).then_some(next)
+        (next > self.acked && !self.silent).then_some(next)
+    }
+
+    /// Says what is durable.
+    pub(crate) fn acknowledge(&mut self, log: &Log, model: &Model) -> u64 {
+        let receiver = Rc::make_mut(&mut self.receiver);
+        let durable = if model.lacks(Rule::AckIsDurable) { receiver.tally().clone() } else { log.durable_tally(model) };
+        receiver.handle_durable(&durable);
+        self.acked = receiver.acknowledge();
+        self.acked
+    }
+
+    /// Its receiver once everything durable is acknowledged.
+    fn abreast(&self) -> Rc<Receiver> {
+        let mut receiver = self.receiver.clone();
+        if receiver.durable() > receiver.acked().next() {
+            Rc::make_mut(&mut receiver).acknowledge();
+        }
+        receiver
     }
 
     /// What FINISHED is answered with, once it may be.
     pub(crate) fn answer(&self, log: &Log, model: &Model) -> Option<FinishedAck> {
-        let may = self.told && !self.answered && (log.has_durable_end() || model.lacks(Rule::AnswerIsDurable));
+        let may = self.told && !self.silent && (log.has_durable_end() || model.lacks(Rule::AnswerIsDurable));
         log.end().filter(|_| may).cloned()
     }
 
     pub(crate) fn encode(&self, attempts: &Attempts, out: &mut Vec<u8>) {
-        let flags = [attempts.is_current(self.lease), self.told, self.answered, self.receiver.finished().is_some()];
+        let flags = [attempts.is_current(self.lease), self.told, self.silent, self.receiver.finished().is_some()];
         out.extend_from_slice(&flags.map(u8::from));
         out.extend_from_slice(&[self.lease.attempt as u8, self.acked as u8]);
-        out.extend_from_slice(&[self.receiver.next() as u8, self.receiver.durable() as u8]);
-        out.extend_from_slice(&self.receiver.tally().digest().0[..4]);
+        out.push(u8::from(self.receiver.is_rewound()));
+        for tally in [self.receiver.tally(), self.receiver.acked(), self.abreast().acked()] {
+            out.push(tally.next() as u8);
+            if tally.next() > 0 {
+                out.extend_from_slice(&tally.digest().0[..4]);
+            }
+        }
     }
 }
 

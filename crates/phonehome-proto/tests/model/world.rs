@@ -18,7 +18,6 @@ use phonehome_proto::{
     close::CloseCode,
     frame::{Durable, FinishedAck, Record, ServerFrame, Welcome},
     limits::{MAX_MESSAGE, MAX_PAYLOAD},
-    receiver::Receiver,
 };
 
 use crate::{
@@ -378,14 +377,10 @@ impl World {
     }
 
     fn ack(&mut self, at: usize, model: &Model) {
-        let due = self.listener(at).and_then(|(seat, log)| Some((seat.ack(log, model)?, log.durable_bytes(model))));
-        let Some((next, bytes)) = due else { return };
-        let link = self.link(at);
+        let link = Rc::make_mut(&mut self.links[at]);
+        let Some(seat) = &mut link.seat else { return };
+        let next = seat.acknowledge(self.server.log(seat.lease), model);
         link.say(Word::Ack(next));
-        if let Some(seat) = &mut link.seat {
-            seat.acked = next;
-            Rc::make_mut(&mut seat.receiver).handle_durable(next, bytes);
-        }
     }
 
     fn answer(&mut self, at: usize, model: &Model) {
@@ -393,7 +388,7 @@ impl World {
         let link = self.link(at);
         answer.into_iter().for_each(|answer| link.say(Word::FinishedAck(answer)));
         if let Some(seat) = &mut link.seat {
-            seat.answered = true;
+            seat.silent = true;
         }
     }
 
@@ -435,8 +430,7 @@ impl World {
         seen.note_when(displaces, Situation::OldHelloDisplaces);
         seen.note_when(self.crashed && seat.receiver.durable() > 0, Situation::ResumeAfterCrash);
         seen.note_when(seat.receiver.durable() < seat.receiver.next(), Situation::WelcomeBelowReceived);
-        let resume = if model.lacks(Rule::ResumeFromDurable) { Receiver::next } else { Receiver::durable };
-        let next = resume(&seat.receiver);
+        let next = seat.acked;
         let durable = self.server.log(seat.lease).durable_next();
         refute(model.durable != Durable::Memory && next != durable, Broken::ResumePoint)?;
         let link = self.link(at);
@@ -461,7 +455,11 @@ impl World {
             .map(|seq| (model.record(agent, seq, altered && seq == first).clone(), entry(seq)))
             .collect();
         let seat = link.seat.as_mut().expect("a hello comes first");
-        let contradicted = records.iter().any(|(record, _)| self.server.log(seat.lease).contradicts(record, model));
+        // A connection whose lease is void takes nothing back, and goes on as if it had.
+        let contradicts = |record: &Record| {
+            record.seq < seat.receiver.next() && self.server.log(seat.lease).contradicts(record, model)
+        };
+        let contradicted = records.iter().any(|(record, _)| contradicts(record));
         let result = Rc::make_mut(&mut self.server).take(seat, &records, model, seen);
         refute(contradicted && result.is_ok(), Broken::ConflictPassed)?;
         if let Err(code) = result {
