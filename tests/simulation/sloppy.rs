@@ -5,10 +5,7 @@ use std::{cell::RefCell, rc::Rc, time::Duration};
 
 use futures_util::{SinkExt, StreamExt};
 use phonehome_agent::Delivery;
-use phonehome_env::{
-    Env,
-    network::Transport,
-};
+use phonehome_env::{Env, network::Transport};
 use phonehome_proto::{
     close,
     codec::{Codec, Message as Coded},
@@ -163,6 +160,9 @@ impl Sloppy {
         }
         for batch in records.chunks(3) {
             say(socket, &AgentFrame::Records(batch.to_vec())).await?;
+            if self.damaged.is_none() && self.chance.is(10) {
+                say(socket, &AgentFrame::Records(batch.to_vec())).await?;
+            }
             if self.chance.is(30) {
                 sleep(self.chance.millis(0, 200)).await;
             }
@@ -175,7 +175,7 @@ impl Sloppy {
 async fn say(socket: &mut Socket, frame: &AgentFrame) -> Result<(), Broken> {
     let Ok(Coded::Text(text)) = Codec::Json.encode_agent(frame) else { panic!("JSON is text") };
     let mut frame: Value = serde_json::from_str(&text).unwrap();
-    for record in frame["records"].as_array_mut().into_iter().flatten() {
+    for record in frame.get_mut("records").and_then(Value::as_array_mut).into_iter().flatten() {
         record.as_object_mut().unwrap().remove("crc");
     }
     let sent = tokio::time::timeout(Duration::from_secs(45), socket.send(Message::text(frame.to_string()))).await;

@@ -42,7 +42,7 @@ const SIGNS: [(&str, &str); 14] = [
     ("drain", "disconnected: the server is about to go"),
     ("duplicate refused", "records that are stored already"),
     ("late FINISHED", "disconnected: the build has"),
-    ("spool unusable", "the spool cannot be written"),
+    ("spool unusable", "the spool in"),
     ("spool lost", "the spool is damaged"),
     ("storage failed", "cannot write"),
     ("torn tail", "cut a torn tail"),
