@@ -8,8 +8,9 @@ use std::{
 
 use bytes::Bytes;
 use phonehome_proto::{
-    event::{Event, Gap},
+    event::{Event, Gap, TookOver},
     frame::Stream,
+    id::StepName,
 };
 use rustix::stdio;
 use tokio::{
@@ -65,7 +66,7 @@ pub(super) struct Printer {
     keepalive: Option<Duration>,
     last_output: Instant,
     last_line: Instant,
-    attempts: std::collections::BTreeMap<phonehome_proto::id::StepName, u32>,
+    attempts: std::collections::BTreeMap<StepName, u32>,
 }
 
 impl Printer {
@@ -171,16 +172,26 @@ impl Printer {
         }
         let now = Instant::now();
         if record.stream == Stream::Event {
-            if let Some(Event::Gap(Gap { stream, bytes, cause })) = Event::parse(&record.payload) {
-                let stream = Source::Build(step.clone(), stream.into()).describe();
-                self.own_line(&format!("{bytes} bytes of {stream} are missing here: {}", cause.escape_debug()));
-            }
+            self.show_event(step, &record.payload);
         } else {
             self.last_output = now;
             self.last_line = now;
             self.screen.show(Source::Build(step.clone(), record.stream.into()), &record.payload, now);
         }
         record.payload.len()
+    }
+
+    fn show_event(&mut self, step: &StepName, payload: &[u8]) {
+        match Event::parse(payload) {
+            Some(Event::Gap(Gap { stream, bytes, cause })) => {
+                let stream = Source::Build(step.clone(), stream.into()).describe();
+                self.own_line(&format!("{bytes} bytes of {stream} are missing here: {}", cause.escape_debug()));
+            }
+            Some(Event::TookOver(TookOver { finished: false, .. })) => {
+                self.own_line("the attempt before it was cut off, its last output may be missing");
+            }
+            Some(Event::TookOver(TookOver { finished: true, .. })) | None => {}
+        }
     }
 
     fn show_notice(&mut self, notice: Notice) {
