@@ -7,6 +7,7 @@ use phonehome_proto::{
     event::{Event, Gap},
     frame::{Ack, AgentFrame, End, Finished, FinishedAck, Record, ServerFrame, Stream},
     id::ProducerId,
+    limits::RECORD_COST,
     sender::{Order, Outgoing, Sender},
     tally::Tally,
 };
@@ -22,8 +23,8 @@ pub(crate) struct Script {
     /// The same numbers with other bytes and fitting checksums: what a broken agent might send.
     pub(crate) altered: Vec<Record>,
     pub(crate) finished: Finished,
-    /// Whether bytes are missing from the start.
-    pub(crate) has_gap: bool,
+    /// Whether it cannot be complete: bytes are missing from the start, or the end is not that of the records.
+    pub(crate) is_flawed: bool,
 }
 
 impl Script {
@@ -44,7 +45,14 @@ impl Script {
         }
         script.skipped = if says_so { 0 } else { DROPPED };
         script.write(Stream::Stdout, b"b");
-        Self { has_gap: true, ..script.end() }
+        Self { is_flawed: true, ..script.end() }
+    }
+
+    /// This many records, and an end with the digest of others.
+    pub(crate) fn mistaken(records: u64) -> Self {
+        let mut script = Self::plain(records);
+        script.finished.digest.0[0] ^= 1;
+        Self { is_flawed: true, ..script }
     }
 }
 
@@ -73,7 +81,7 @@ impl Writer {
     fn end(self) -> Script {
         let (next, counts, digest) = (self.tally.next(), self.tally.counts(), self.tally.digest());
         let finished = Finished { next, counts, digest, end: End::Exited(0), time: 0, usage: None };
-        Script { records: self.records, altered: self.altered, finished, has_gap: false }
+        Script { records: self.records, altered: self.altered, finished, is_flawed: false }
     }
 }
 
@@ -116,8 +124,9 @@ impl Agent {
     }
 
     /// Lets the command write so many more records, and end after the last one.
-    pub(crate) fn produce(&mut self, count: u64, script: &Script) {
+    pub(crate) fn produce(&mut self, count: u64, script: &Script, seen: &mut Seen) {
         let next = self.sender.next();
+        seen.note_when(count > 0 && self.sender.spilled().is_some(), Situation::PushedBehindSpilled);
         let records = &script.records[next as usize..(next + count) as usize];
         records.iter().for_each(|sealed| self.sender.push(sealed.clone()));
         if !self.ended && self.sender.next() == script.finished.next {
@@ -126,10 +135,45 @@ impl Agent {
         }
     }
 
+    /// Drops records below `kept` from memory, except for the oldest `keep`; says whether there were any.
+    pub(crate) fn spill(&mut self, kept: u64, keep: u64, seen: &mut Seen) -> bool {
+        let before = self.sender.cost();
+        self.sender.spill(kept, keep * (RECORD_COST + 1));
+        seen.note_when(self.sender.cost() < before, Situation::Spilled);
+        self.sender.cost() < before
+    }
+
+    /// Whether records are elsewhere and are to come back.
+    pub(crate) fn has_spilled(&self) -> bool {
+        self.is_at_work() && self.sender.spilled().is_some()
+    }
+
+    /// Brings the first record back that is elsewhere, and with it two that were asked for in vain.
+    pub(crate) fn restore(&mut self, script: &Script, seen: &mut Seen) {
+        let Some(first) = self.sender.spilled() else { return };
+        let around = [first + 1, first.saturating_sub(1), first].map(|seq| script.records.get(seq as usize));
+        around.into_iter().flatten().for_each(|sealed| self.sender.restore(sealed.clone()));
+        seen.note(Situation::Restored);
+    }
+
+    /// Whether everything it will ever say is on disk.
+    pub(crate) fn can_recover(&self) -> bool {
+        self.is_at_work() && self.ended
+    }
+
+    /// A new life goes on with what an old one left on disk: from `oldest` on, since not all that is delivered is removed
+    /// at once.
+    pub(crate) fn recover(&mut self, oldest: u64, script: &Script, seen: &mut Seen) {
+        self.sender = Sender::recover(oldest, script.finished.next, Some(script.finished.clone()));
+        self.reached = 0;
+        seen.note(Situation::Recovered);
+    }
+
     /// What it says next, if anything.
     pub(crate) fn transmit(&mut self, who: usize, model: &Model, seen: &mut Seen) -> Result<Option<Up>, Broken> {
         let Some(outgoing) = self.sender.poll_transmit() else {
-            seen.note_when(self.is_streaming() && self.sent < self.sender.next(), Situation::WindowWasFull);
+            let in_memory = self.sender.spilled().unwrap_or(self.sender.next());
+            seen.note_when(self.is_streaming() && self.sent < in_memory, Situation::WindowWasFull);
             return Ok(None);
         };
         let frame = match outgoing {
@@ -210,7 +254,10 @@ impl Agent {
     fn obey(&mut self, frame: ServerFrame, seen: &mut Seen) -> Result<(), Broken> {
         let acknowledged = if let ServerFrame::Ack(ack) = &frame { Some(ack.next) } else { None };
         let resume = if let ServerFrame::FinishedAck(FinishedAck::Resume(next)) = &frame { Some(*next) } else { None };
-        match self.sender.handle_frame(frame).map_err(|_| Broken::Violation)? {
+        let spilled = self.sender.spilled();
+        let order = self.sender.handle_frame(frame).map_err(|_| Broken::Violation)?;
+        seen.note_when(spilled.is_some_and(|first| first < self.sender.oldest()), Situation::AckOverSpilled);
+        match order {
             Order::Delivered(missing) => self.outcome = Some(Outcome::Delivered(missing)),
             Order::Welcome(welcome) => {
                 self.reached = self.reached.max(welcome.next);
@@ -242,10 +289,15 @@ impl Agent {
         out.push(self.sender.oldest() as u8);
         match &self.outcome {
             None => {
-                let flags = [self.ended, self.finished_was_said, self.sender.is_welcomed()];
+                let is_whole = self.sender.spilled().is_none();
+                let flags = [self.ended, self.finished_was_said, self.sender.is_welcomed(), is_whole];
                 out.push(0);
                 out.extend_from_slice(&flags.map(u8::from));
                 out.extend_from_slice(&[self.sender.next() as u8, self.reached as u8]);
+                if let Some(first) = self.sender.spilled() {
+                    let [held, all] = [self.sender.held_cost(), self.sender.cost()];
+                    out.extend_from_slice(&[first as u8, (held / RECORD_COST) as u8, (all / RECORD_COST) as u8]);
+                }
                 if self.is_streaming() {
                     out.extend_from_slice(&[self.sent as u8, u8::from(self.finished_sent)]);
                     out.extend_from_slice(&self.window.to_le_bytes());

@@ -66,11 +66,34 @@ fn a_link_that_loses_messages() {
 
 #[test]
 fn an_agent_that_changes_what_it_sends() {
-    passes(
-        &altering(),
-        2000,
-        &[Situation::Conflict, Situation::FencedRewind, Situation::Incomplete, Situation::Rewound],
-    );
+    let met = [
+        Situation::Conflict,
+        Situation::FencedRewind,
+        Situation::Incomplete,
+        Situation::Mended,
+        Situation::NothingLeft,
+        Situation::Rewound,
+        Situation::RewoundDurable,
+        Situation::RewoundPart,
+    ];
+    passes(&altering(), 2000, &met);
+}
+
+#[test]
+fn an_agent_whose_end_is_another() {
+    passes(&mistaken(), 1000, &[Situation::DiffersAgain, Situation::NothingLeft, Situation::Rewound]);
+}
+
+#[test]
+fn an_agent_with_little_memory() {
+    let met = [
+        Situation::AckOverSpilled,
+        Situation::PushedBehindSpilled,
+        Situation::Recovered,
+        Situation::Restored,
+        Situation::Spilled,
+    ];
+    passes(&spilling(), 1000, &met);
 }
 
 #[test]
@@ -82,7 +105,8 @@ fn an_agent_that_drops_bytes() {
 #[test]
 fn the_fingerprint_hides_nothing() {
     let forgetful = Model { durable: Durable::Memory, ..alone(Script::plain(2), 1, 1) };
-    for model in [pair([1, 1], 1, 0), pair([2, 1], 0, 1), alone(Script::plain(3), 1, 1), forgetful, altering()] {
+    let honest = [pair([1, 1], 1, 0), pair([2, 1], 0, 1), alone(Script::plain(3), 1, 1), spilling()];
+    for model in honest.into_iter().chain([forgetful, altering(), mistaken()]) {
         let report = search_twice_over(&model).unwrap();
         assert!(report.transitions > 2 * report.states, "few states were met twice");
     }
@@ -110,12 +134,12 @@ struct Removal(Rule, Broken, fn() -> Model);
 
 /// With the rule in place there is nothing to be found: each of these worlds is searched above, or is part of one that
 /// is.
-const REMOVALS: [Removal; 26] = [
+const REMOVALS: [Removal; 31] = [
     Removal(Rule::AboveNextIsRefused, Broken::SilentHole, lossy),
     Removal(Rule::ConflictIsFatal, Broken::ConflictPassed, altering),
     Removal(Rule::DuplicateIsIgnored, Broken::NotAsProduced, cut),
     Removal(Rule::ResumeFromDurable, Broken::ResumePoint, cut),
-    Removal(Rule::AckIsDurable, Broken::Forgotten, calm),
+    Removal(Rule::AckIsDurable, Broken::EmptyPromise, calm),
     Removal(Rule::AnswerIsDurable, Broken::Forgotten, calm),
     Removal(Rule::FinishedIsLast, Broken::EarlyEnd, lossy),
     Removal(Rule::FinishedIsIdempotent, Broken::AfterEnd, cut),
@@ -135,6 +159,11 @@ const REMOVALS: [Removal; 26] = [
     Removal(Rule::GapIsIncomplete, Broken::FalseComplete, || dropping(true)),
     Removal(Rule::HoleIsRecorded, Broken::SilentHole, forgetful),
     Removal(Rule::DigestIsCompared, Broken::FalseComplete, altering),
+    Removal(Rule::RewindFromAck, Broken::EmptyPromise, altering),
+    Removal(Rule::RewindNeedsLease, Broken::EmptyPromise, altering),
+    Removal(Rule::RewindOnce, Broken::Livelock, mistaken),
+    Removal(Rule::RewindTakesBack, Broken::NotAsProduced, altering),
+    Removal(Rule::RewindWhileHeld, Broken::Unmended, altering),
     Removal(Rule::EndIsFirst, Broken::LateAttempt, calm),
     Removal(Rule::EndOutlivesCrash, Broken::LateAttempt, crash),
 ];
@@ -217,6 +246,14 @@ fn lossy() -> Model {
 
 fn altering() -> Model {
     Model { faults: Faults { alterations: 1, cuts: 1, ..Faults::default() }, ..alone(Script::plain(3), 0, 0) }
+}
+
+fn mistaken() -> Model {
+    alone(Script::mistaken(2), 1, 1)
+}
+
+fn spilling() -> Model {
+    Model { faults: Faults { spills: 1, deaths: 1, cuts: 1, ..Faults::default() }, ..alone(Script::plain(3), 0, 0) }
 }
 
 fn dropping(says_so: bool) -> Model {

@@ -54,6 +54,16 @@ pub(crate) enum Rule {
     HoleIsRecorded,
     /// 9: FINISHED is compared with what was stored.
     DigestIsCompared,
+    /// `resume`: only what was not acknowledged is taken back.
+    RewindFromAck,
+    /// `resume`, 3: without its lease a connection takes nothing back.
+    RewindNeedsLease,
+    /// `resume`: an attempt whose end differs is sent again once.
+    RewindOnce,
+    /// `resume`: what is sent again is taken back first.
+    RewindTakesBack,
+    /// `resume`: a log that differs is sent again while the agent holds the records.
+    RewindWhileHeld,
     /// 10: a step with its end takes no new attempt.
     EndIsFirst,
     /// 10: also after a crash.
@@ -71,6 +81,8 @@ pub(crate) enum Broken {
     DeadEnd,
     /// FINISHED is stored before its last record.
     EarlyEnd,
+    /// What was acknowledged is not durable, or not any more.
+    EmptyPromise,
     /// A log is called complete, or is delivered, and is not whole and durable.
     FalseComplete,
     /// A fenced attempt has stored something.
@@ -93,6 +105,8 @@ pub(crate) enum Broken {
     SilentHole,
     /// An agent has several attempts.
     SplitAttempt,
+    /// A log is called incomplete, and the agent was never asked for the records in question though it held them.
+    Unmended,
     /// An agent found its server breaking the protocol.
     Violation,
 }
@@ -102,6 +116,8 @@ pub(crate) enum Broken {
 pub(crate) enum Situation {
     /// An ack covered records that an earlier connection had carried and this one had not yet.
     AckForEarlierConnection,
+    /// The server already had records that were not in the agent's memory.
+    AckOverSpilled,
     /// A new agent was told that the step has its end.
     AlreadyFinished,
     /// One message carried several records.
@@ -112,6 +128,8 @@ pub(crate) enum Situation {
     CrashKeptPart,
     /// A crash lost what was durable.
     CrashLostDurable,
+    /// The end differed again after the records were sent again.
+    DiffersAgain,
     /// A message carried known records.
     Duplicate,
     /// A message carried known and new records.
@@ -134,6 +152,10 @@ pub(crate) enum Situation {
     Hole,
     /// FINISHED was accepted, and something was missing.
     Incomplete,
+    /// A log was complete after its last records were sent again.
+    Mended,
+    /// The end differed, and everything was acknowledged.
+    NothingLeft,
     /// A hello that was long under way displaced the agent's newer connection.
     OldHelloDisplaces,
     /// A hello that was long under way knew less than was stored.
@@ -144,8 +166,20 @@ pub(crate) enum Situation {
     ResumeAtFinished,
     /// After a crash an agent went on in the middle.
     ResumeAfterCrash,
-    /// Records were taken back and sent again.
+    /// Records were taken back to be sent again.
     Rewound,
+    /// The same, and some of them were durable.
+    RewoundDurable,
+    /// The same, and some before them stayed.
+    RewoundPart,
+    /// The command wrote while older records were not in memory.
+    PushedBehindSpilled,
+    /// An agent died and went on with what it had on disk.
+    Recovered,
+    /// A record came back into memory.
+    Restored,
+    /// Records left the agent's memory.
+    Spilled,
     /// An older attempt was told so in place of a welcome.
     Superseded,
     /// An agent was superseded after its welcome and came back.

@@ -149,7 +149,7 @@ impl<'a> Search<'a> {
 
     fn fingerprint(&mut self, world: &World) -> Fingerprint {
         self.scratch.clear();
-        world.encode(&mut self.scratch);
+        world.encode(self.model, &mut self.scratch);
         let mut half = [0; 16];
         half.copy_from_slice(&blake3::hash(&self.scratch).as_bytes()[..16]);
         Fingerprint::from_le_bytes(half)

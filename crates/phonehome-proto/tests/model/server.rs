@@ -87,6 +87,9 @@ impl Server {
         if model.lacks(Rule::ResumeFromDurable) {
             receiver.handle_durable(&receiver.tally().clone());
         }
+        if model.lacks(Rule::RewindWhileHeld) {
+            receiver.note_rewound();
+        }
         let acked = receiver.acknowledge();
         Ok(Seat { lease, acked, receiver: Rc::new(receiver), told: false, silent: false })
     }
@@ -152,7 +155,9 @@ impl Server {
     ) -> Result<Option<FinishedAck>, CloseCode> {
         let log = self.log(seat.lease);
         let receiver = Rc::make_mut(&mut seat.receiver);
-        receiver.handle_durable(&log.durable_tally(model)); // what is not seen yet may as well come later
+        if model.may_miss() {
+            receiver.handle_durable(&log.durable_tally(model)); // its answer may name it; unseen is as good as later
+        }
         let ending = receiver.handle_finished(log.script(model).finished.clone());
         let entry = match ending.map_err(|violation| violation.close_code())? {
             Ending::Accept(FinishedAck::Incomplete(_)) if model.lacks(Rule::DigestIsCompared) => FinishedAck::Complete,
@@ -173,15 +178,16 @@ impl Server {
                 return Ok(Some(answer));
             }
             Ending::Rewind(_) if model.lacks(Rule::DigestIsCompared) => FinishedAck::Complete,
-            Ending::Rewind(answer) => {
-                self.rewind(seat, seen);
-                return Ok(Some(answer));
-            }
+            Ending::Rewind(answer) => return Ok(Some(self.rewind(seat, answer, model, seen))),
         };
         seat.told = true;
         if self.may_write(seat.lease, Rule::FinishedNeedsLease, model) {
             seen.note_when(entry != FinishedAck::Complete, Situation::Incomplete);
-            self.log_mut(seat.lease).entries.push(Entry::Finished(entry));
+            let log = self.log_mut(seat.lease);
+            seen.note_when(log.rewound && entry == FinishedAck::Complete, Situation::Mended);
+            seen.note_when(says(&entry, "were sent again"), Situation::DiffersAgain);
+            seen.note_when(says(&entry, "nothing was left"), Situation::NothingLeft);
+            log.entries.push(Entry::Finished(entry));
         } else {
             seen.note(match self.is_newest(seat.lease) {
                 true => Situation::FencedFinished,
@@ -193,15 +199,29 @@ impl Server {
 
     /// Takes back what one connection has stored beyond what it acknowledged. When its lease is void nothing happens, but
     /// it goes on as if it had, until it hears that it is superseded.
-    fn rewind(&mut self, seat: &mut Seat, seen: &mut Seen) {
+    fn rewind(&mut self, seat: &mut Seat, answer: FinishedAck, model: &Model, seen: &mut Seen) -> FinishedAck {
         let holds = self.attempts.is_current(seat.lease);
         seat.silent = !holds;
-        seen.note(if holds { Situation::Rewound } else { Situation::FencedRewind });
-        let log = self.log_mut(seat.lease);
-        log.rewound = true;
-        if holds {
-            log.take_back(seat.receiver.tally().next());
+        if model.lacks(Rule::RewindFromAck) {
+            seat.receiver = Rc::default();
         }
+        if model.lacks(Rule::RewindOnce) {
+            seat.receiver = Rc::new(Receiver::resume(seat.receiver.tally().clone(), 0, None));
+        }
+        let next = seat.receiver.next();
+        let log = self.log_mut(seat.lease);
+        log.rewound = !model.lacks(Rule::RewindOnce);
+        if holds {
+            seen.note(Situation::Rewound);
+            seen.note_when(next > 0, Situation::RewoundPart);
+            seen.note_when(next < log.durable_next(), Situation::RewoundDurable);
+        } else {
+            seen.note(Situation::FencedRewind);
+        }
+        if (holds || model.lacks(Rule::RewindNeedsLease)) && !model.lacks(Rule::RewindTakesBack) {
+            log.take_back(next);
+        }
+        if model.lacks(Rule::RewindFromAck) { FinishedAck::Resume(next) } else { answer }
     }
 
     /// Whether the store takes something from the holder of `lease`.
@@ -356,6 +376,16 @@ impl Log {
         self.crc(record.seq, model).is_some_and(|crc| crc != record.crc)
     }
 
+    /// Whether an end that is called incomplete now would be so for records that its agent still holds, and was never
+    /// asked for.
+    pub(crate) fn can_be_mended(&self, acked: u64) -> bool {
+        let is_held = |entry: &Entry| match entry {
+            Entry::Finished(_) | Entry::Hole { .. } => false,
+            Entry::Record { seq, altered, .. } => *altered && *seq >= acked,
+        };
+        !self.rewound && self.entries.iter().any(is_held)
+    }
+
     /// One more than the last durable record.
     pub(crate) fn durable_next(&self) -> u64 {
         self.entries[..self.durable].iter().fold(0, |next, entry| match entry {
@@ -391,7 +421,7 @@ impl Log {
     pub(crate) fn is_whole(&self, model: &Model) -> bool {
         let whole = (0..self.script(model).finished.next).map(|seq| self.record(seq));
         let records = self.entries.iter().filter(|entry| !matches!(entry, Entry::Finished(_)));
-        !self.script(model).has_gap && records.cloned().eq(whole)
+        !self.script(model).is_flawed && records.cloned().eq(whole)
     }
 
     fn record(&self, seq: u64) -> Entry {
@@ -458,14 +488,15 @@ impl Seat {
         log.end().filter(|_| may).cloned()
     }
 
-    pub(crate) fn encode(&self, attempts: &Attempts, out: &mut Vec<u8>) {
+    pub(crate) fn encode(&self, attempts: &Attempts, model: &Model, out: &mut Vec<u8>) {
         let flags = [attempts.is_current(self.lease), self.told, self.silent, self.receiver.finished().is_some()];
         out.extend_from_slice(&flags.map(u8::from));
         out.extend_from_slice(&[self.lease.attempt as u8, self.acked as u8]);
         out.push(u8::from(self.receiver.is_rewound()));
         for tally in [self.receiver.tally(), self.receiver.acked(), self.abreast().acked()] {
             out.push(tally.next() as u8);
-            if tally.next() > 0 {
+            if model.may_miss() {
+                // Otherwise the same number is the same account.
                 out.extend_from_slice(&tally.digest().0[..4]);
             }
         }
@@ -499,8 +530,13 @@ pub(crate) fn encode_answer(answer: &FinishedAck, out: &mut Vec<u8>) {
 
 /// Whether it says that so many records were lost.
 fn admits(answer: &FinishedAck, lost: u64) -> bool {
+    says(answer, &format!("lost {lost} acknowledged"))
+}
+
+/// Whether it is a reason with these words.
+fn says(answer: &FinishedAck, words: &str) -> bool {
     match answer {
-        FinishedAck::Incomplete(reason) => reason.contains(&format!("lost {lost} acknowledged")),
+        FinishedAck::Incomplete(reason) => reason.contains(words),
         FinishedAck::Complete | FinishedAck::Resume(_) => false,
     }
 }

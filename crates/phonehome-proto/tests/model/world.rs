@@ -46,6 +46,10 @@ pub(crate) struct Faults {
     pub(crate) losses: u8,
     /// A message carries other bytes with a fitting checksum, as above.
     pub(crate) alterations: u8,
+    /// An agent drops records from memory that it has on disk.
+    pub(crate) spills: u8,
+    /// An agent dies when everything is on disk, and another process goes on.
+    pub(crate) deaths: u8,
 }
 
 /// What may be in flight, bytes.
@@ -71,8 +75,8 @@ impl Model {
     }
 
     /// Whether a log may rightly end with something missing.
-    fn may_miss(&self) -> bool {
-        !self.is_honest() || self.durable == Durable::Memory || self.scripts.iter().any(|script| script.has_gap)
+    pub(crate) fn may_miss(&self) -> bool {
+        !self.is_honest() || self.durable == Durable::Memory || self.scripts.iter().any(|script| script.is_flawed)
     }
 }
 
@@ -89,6 +93,8 @@ pub(crate) enum Action {
     Connect(usize, u64),
     /// An agent reads a frame.
     Down(usize),
+    /// An agent brings a record back into memory.
+    Restore(usize),
     /// The server notices that the agent's end of the connection is gone. What is unread is lost.
     Gone(usize),
     /// The server closes a connection whose lease is void, and the agent hears it.
@@ -104,10 +110,15 @@ pub(crate) enum Action {
     Crash(usize),
     /// The agent loses its connection. What is under way may still reach the server.
     Cut(usize),
+    /// The agent dies, when nothing of it is on its way. What it left on disk from this record on is taken up by another
+    /// process.
+    Die(usize, u64),
     /// The second agent starts, whether or not the first is still there.
     Join,
     /// A message vanishes.
     Lose(usize),
+    /// An agent drops records below the first number from memory, except for so many of the oldest.
+    Spill(usize, u64, u64),
 }
 
 impl Action {
@@ -115,8 +126,9 @@ impl Action {
     pub(crate) fn is_optional(self) -> bool {
         match self {
             Self::Ack(_) | Self::Answer(_) | Self::Commit | Self::Connect(..) | Self::Down(_) | Self::Gone(_) => false,
-            Self::Notice(_) | Self::Transmit(..) | Self::Up(_) => false,
-            Self::Alter(_) | Self::Crash(_) | Self::Cut(_) | Self::Join | Self::Lose(_) => true,
+            Self::Notice(_) | Self::Restore(_) | Self::Transmit(..) | Self::Up(_) => false,
+            Self::Alter(_) | Self::Crash(_) | Self::Cut(_) | Self::Die(..) | Self::Join | Self::Lose(_) => true,
+            Self::Spill(..) => true,
         }
     }
 }
@@ -178,6 +190,7 @@ impl World {
         let mut actions = Vec::new();
         for who in 0..self.agents.len() {
             self.actions_of_agent(who, model, &mut actions);
+            self.actions_on_disk(who, &mut actions);
         }
         for at in 0..self.links.len() {
             self.actions_on_link(at, model, &mut actions);
@@ -210,6 +223,27 @@ impl World {
         }
     }
 
+    /// What becomes of records that an agent has on disk as well as in memory, or only there.
+    fn actions_on_disk(&self, who: usize, actions: &mut Vec<Action>) {
+        let agent = &self.agents[who];
+        let (oldest, next) = (agent.sender.oldest(), agent.sender.next());
+        if agent.has_spilled() {
+            actions.push(Action::Restore(who));
+        }
+        if agent.is_at_work() && self.faults.spills > 0 {
+            actions.extend((oldest + 1..=next).flat_map(|kept| [0, 1].map(|keep| Action::Spill(who, kept, keep))));
+        }
+        if agent.can_recover() && self.faults.deaths > 0 && self.is_quiet(who) {
+            actions.extend((0..=oldest).map(|oldest| Action::Die(who, oldest)));
+        }
+    }
+
+    /// Whether nothing of an agent is on its way, to the server or to its disk.
+    fn is_quiet(&self, who: usize) -> bool {
+        let log = self.server.logs.last();
+        self.links.iter().all(|link| link.agent != who) && log.is_none_or(|log| log.durable == log.entries.len())
+    }
+
     fn actions_on_link(&self, at: usize, model: &Model, actions: &mut Vec<Action>) {
         let link = &self.links[at];
         let carries_records = matches!(link.up.front(), Some(Up::Records { altered: false, .. }));
@@ -236,14 +270,22 @@ impl World {
             Action::Alter(at) => next.alter(at),
             Action::Answer(at) => next.answer(at, model),
             Action::Commit => Rc::make_mut(&mut next.server).commit(model),
-            Action::Connect(who, count) => next.connect(who, count, model),
+            Action::Connect(who, count) => next.connect(who, count, model, seen),
             Action::Crash(kept) => next.crash(kept, model, seen)?,
             Action::Cut(at) => next.cut(at, model, seen)?,
+            Action::Die(who, oldest) => next.die(who, oldest, model, seen),
             Action::Down(at) => next.down(at, model, seen)?,
             Action::Gone(at) => next.link(at).open = false,
             Action::Join => next.agents.push(Rc::default()),
             Action::Lose(at) => next.lose(at),
             Action::Notice(at) => next.hang_up(at, CloseCode::Superseded.number(), model, seen)?,
+            Action::Restore(who) => next.agent(who).restore(&model.scripts[who], seen),
+            Action::Spill(who, kept, keep) => {
+                next.faults.spills -= 1;
+                if !next.agent(who).spill(kept, keep, seen) {
+                    return Ok(None);
+                }
+            }
             Action::Transmit(who, count) => {
                 if !next.transmit(who, count, model, seen)? {
                     return Ok(None);
@@ -259,11 +301,11 @@ impl World {
     /// The agent without which `action` would not happen; `None` for what the server does.
     fn actor(&self, action: Action) -> Option<usize> {
         match action {
-            Action::Connect(who, _) | Action::Transmit(who, _) => Some(who),
+            Action::Connect(who, _) | Action::Restore(who) | Action::Transmit(who, _) => Some(who),
             Action::Down(at) => Some(self.links[at].agent),
             Action::Ack(_) | Action::Answer(_) | Action::Commit | Action::Gone(_) | Action::Notice(_) => None,
-            Action::Alter(_) | Action::Crash(_) | Action::Cut(_) | Action::Join | Action::Lose(_) => None,
-            Action::Up(_) => None,
+            Action::Alter(_) | Action::Crash(_) | Action::Cut(_) | Action::Die(..) | Action::Join => None,
+            Action::Lose(_) | Action::Spill(..) | Action::Up(_) => None,
         }
     }
 
@@ -280,9 +322,9 @@ impl World {
         self.links.iter().position(|link| link.attached && link.agent == who)
     }
 
-    fn connect(&mut self, who: usize, count: u64, model: &Model) {
+    fn connect(&mut self, who: usize, count: u64, model: &Model, seen: &mut Seen) {
         let agent = self.agent(who);
-        agent.produce(count, &model.scripts[who]);
+        agent.produce(count, &model.scripts[who], seen);
         agent.sender.handle_connected();
         let hello = Up::Hello { oldest: agent.sender.oldest(), next: agent.sender.next() };
         let up = VecDeque::from([hello]);
@@ -298,7 +340,7 @@ impl World {
 
     fn transmit(&mut self, who: usize, count: u64, model: &Model, seen: &mut Seen) -> Result<bool, Broken> {
         let agent = self.agent(who);
-        agent.produce(count, &model.scripts[who]);
+        agent.produce(count, &model.scripts[who], seen);
         let Some(said) = agent.transmit(who, model, seen)? else { return Ok(false) };
         if let Some(at) = self.attached(who).filter(|at| self.links[*at].open) {
             self.link(at).up.push_back(said);
@@ -309,6 +351,11 @@ impl World {
     fn cut(&mut self, at: usize, model: &Model, seen: &mut Seen) -> Result<(), Broken> {
         self.faults.cuts -= 1;
         self.hang_up(at, ABNORMAL_CLOSURE, model, seen)
+    }
+
+    fn die(&mut self, who: usize, oldest: u64, model: &Model, seen: &mut Seen) {
+        self.faults.deaths -= 1;
+        self.agent(who).recover(oldest, &model.scripts[who], seen);
     }
 
     /// The agent's end of a connection is gone; it learns this code.
@@ -408,7 +455,7 @@ impl World {
 
     fn up(&mut self, at: usize, model: &Model, seen: &mut Seen) -> Result<(), Broken> {
         match self.link(at).up.pop_front() {
-            Some(Up::Finished) => self.take_finished(at, model, seen),
+            Some(Up::Finished) => self.take_finished(at, model, seen)?,
             Some(Up::Hello { oldest, next }) => self.take_hello(at, oldest, next, model, seen)?,
             Some(Up::Records { first, count, altered }) => self.take_records(at, first, count, altered, model, seen)?,
             None => {}
@@ -468,18 +515,27 @@ impl World {
         Ok(())
     }
 
-    fn take_finished(&mut self, at: usize, model: &Model, seen: &mut Seen) {
+    fn take_finished(&mut self, at: usize, model: &Model, seen: &mut Seen) -> Result<(), Broken> {
         let link = Rc::make_mut(&mut self.links[at]);
         let seat = link.seat.as_mut().expect("a hello comes first");
+        let log = self.server.log(seat.lease);
+        let is_owed = log.end().is_none() && log.can_be_mended(seat.acked);
+        let lease = seat.lease;
         match Rc::make_mut(&mut self.server).finish(seat, model, seen) {
             Ok(answer) => answer.into_iter().for_each(|answer| link.say(Word::FinishedAck(answer))),
             Err(code) => link.close(code),
         }
+        refute(is_owed && matches!(self.server.log(lease).end(), Some(FinishedAck::Incomplete(_))), Broken::Unmended)
     }
 
     /// What holds in every state.
     pub(crate) fn check(&self, model: &Model) -> Result<(), Broken> {
         self.server.check(model)?;
+        let promises = self.links.iter().filter(|link| link.open).filter_map(|link| link.seat.as_ref());
+        for seat in promises {
+            let is_empty = seat.acked > self.server.log(seat.lease).durable_next();
+            refute(model.durable != Durable::Memory && is_empty, Broken::EmptyPromise)?;
+        }
         for (who, agent) in self.agents.iter().enumerate() {
             let log = self.server.logs.iter().find(|log| log.agent == who);
             let durable = log.map_or(0, Log::durable_next);
@@ -532,12 +588,13 @@ impl World {
     }
 
     /// Everything that decides what can happen from here on.
-    pub(crate) fn encode(&self, out: &mut Vec<u8>) {
-        let Faults { cuts, crashes, losses, alterations } = self.faults;
-        out.extend_from_slice(&[cuts, crashes, losses, alterations, self.agents.len() as u8, self.links.len() as u8]);
+    pub(crate) fn encode(&self, model: &Model, out: &mut Vec<u8>) {
+        let Faults { cuts, crashes, losses, alterations, spills, deaths } = self.faults;
+        out.extend_from_slice(&[cuts, crashes, losses, alterations, spills, deaths]);
+        out.extend_from_slice(&[self.agents.len() as u8, self.links.len() as u8]);
         self.agents.iter().for_each(|agent| agent.encode(out));
         self.server.encode(out);
-        let mut links: Vec<_> = self.links.iter().map(|link| link.encode(&self.server)).collect();
+        let mut links: Vec<_> = self.links.iter().map(|link| link.encode(&self.server, model)).collect();
         links.sort_unstable(); // their order means nothing
         links.iter().for_each(|link| out.extend_from_slice(link));
     }
@@ -578,8 +635,9 @@ impl Link {
         }
     }
 
-    fn encode(&self, server: &Server) -> Vec<u8> {
-        let mut out = vec![self.agent as u8, u8::from(self.attached), u8::from(self.open)];
+    fn encode(&self, server: &Server, model: &Model) -> Vec<u8> {
+        let mut out = Vec::with_capacity(64);
+        out.extend_from_slice(&[self.agent as u8, u8::from(self.attached), u8::from(self.open)]);
         out.extend_from_slice(&[self.up.len() as u8, self.down.len() as u8, u8::from(self.seat.is_some())]);
         for frame in &self.up {
             match frame {
@@ -605,7 +663,7 @@ impl Link {
             }
         }
         if let Some(seat) = &self.seat {
-            seat.encode(&server.attempts, &mut out);
+            seat.encode(&server.attempts, model, &mut out);
         }
         out
     }
