@@ -76,12 +76,14 @@ fn an_agent_that_changes_what_it_sends() {
         Situation::RewoundDurable,
         Situation::RewoundPart,
     ];
-    passes(&altering(), 2000, &met);
+    let faults = Faults { alterations: 2, cuts: 2, crashes: 1, ..Faults::default() };
+    let (model, least) = if is_full() { (Model { faults, ..altering() }, 180_000) } else { (altering(), 3000) };
+    passes(&model, least, &met);
 }
 
 #[test]
 fn an_agent_whose_end_is_another() {
-    passes(&mistaken(), 1000, &[Situation::DiffersAgain, Situation::NothingLeft, Situation::Rewound]);
+    passes(&mistaken(), 2500, &[Situation::DiffersAgain, Situation::NothingLeft, Situation::Rewound]);
 }
 
 #[test]
@@ -93,7 +95,9 @@ fn an_agent_with_little_memory() {
         Situation::Restored,
         Situation::Spilled,
     ];
-    passes(&spilling(), 1000, &met);
+    let faults = Faults { spills: 2, deaths: 1, cuts: 2, crashes: 1, ..Faults::default() };
+    let (model, least) = if is_full() { (Model { faults, ..spilling() }, 120_000) } else { (spilling(), 3000) };
+    passes(&model, least, &met);
 }
 
 #[test]
