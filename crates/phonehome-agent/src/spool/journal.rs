@@ -36,7 +36,9 @@ pub(crate) struct Journal {
     dir: PathBuf,
     segments: VecDeque<Segment>,
     segment_size: u64,
-    cursor: Cursor,
+    /// The last segment, when this agent made it. Only this one and the one that is read are open: there may be many.
+    last: Option<Box<dyn File>>,
+    cursor: Option<Cursor>,
     /// Keeps others from taking it up.
     lock: Option<Box<dyn File>>,
 }
@@ -45,7 +47,6 @@ pub(crate) struct Journal {
 #[derive(Debug)]
 struct Segment {
     path: PathBuf,
-    file: Box<dyn File>,
     first: u64,
     /// One more than its last record.
     next: u64,
@@ -53,8 +54,9 @@ struct Segment {
 }
 
 /// Where reading goes on: behind the message of record `next - 1` of the segment that starts with `first`.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug)]
 struct Cursor {
+    file: Box<dyn File>,
     first: u64,
     next: u64,
     position: u64,
@@ -103,7 +105,11 @@ impl Journal {
                 return Err(error);
             }
         };
-        Ok(Self { disk, dir, segments: VecDeque::new(), segment_size, cursor: Cursor::default(), lock: Some(lock) })
+        Ok(Self::new(disk, dir, segment_size, lock))
+    }
+
+    fn new(disk: Arc<dyn Disk>, dir: PathBuf, segment_size: u64, lock: Box<dyn File>) -> Self {
+        Self { disk, dir, segments: VecDeque::new(), segment_size, last: None, cursor: None, lock: Some(lock) }
     }
 
     /// Takes up what an earlier agent left. `None` when its agent lives.
@@ -122,9 +128,7 @@ impl Journal {
         if !lock.lock()? {
             return Ok(None);
         }
-        let dir = dir.to_owned();
-        let (segments, cursor) = (VecDeque::new(), Cursor::default());
-        let mut journal = Self { disk, dir, segments, segment_size, cursor, lock: Some(lock) };
+        let mut journal = Self::new(disk, dir.to_owned(), segment_size, lock);
         let is_damaged = journal.find_segments(&names)?;
         let finished = journal.find_end()?;
         let (first, next) = match (journal.segments.front(), journal.segments.back(), &finished) {
@@ -157,7 +161,7 @@ impl Journal {
                 self.segments.clear();
             }
             if next > first {
-                self.segments.push_back(Segment { path, file, first, next, bytes });
+                self.segments.push_back(Segment { path, first, next, bytes });
             } else {
                 is_damaged |= !file.is_empty()?;
             }
@@ -178,18 +182,20 @@ impl Journal {
     /// Adds consecutive records. After an error none of them is there.
     pub(super) fn append(&mut self, records: &[Sealed]) -> io::Result<()> {
         let Some(first) = records.first().map(|sealed| sealed.record.seq) else { return Ok(()) };
-        if !self.segments.back().is_some_and(|last| last.next == first && last.bytes < self.segment_size) {
-            self.segments.push_back(self.new_segment(first)?);
+        let goes_on = self.segments.back().is_some_and(|last| last.next == first && last.bytes < self.segment_size);
+        if !goes_on || self.last.is_none() {
+            self.begin_segment(first)?;
         }
         let segment = self.segments.back_mut().expect("one was added above");
+        let file = self.last.as_deref().expect("and its file");
         let prefixes: Vec<_> = records.iter().map(|sealed| prefix(&sealed.message)).collect();
         let mut slices: Vec<_> = prefixes
             .iter()
             .zip(records)
             .flat_map(|(prefix, sealed)| [IoSlice::new(prefix), IoSlice::new(&sealed.message)])
             .collect();
-        if let Err(error) = segment.file.write_all_at(&mut slices, segment.bytes) {
-            drop(segment.file.set_len(segment.bytes)); // what stays there is taken for the torn tail that it is
+        if let Err(error) = file.write_all_at(&mut slices, segment.bytes) {
+            drop(file.set_len(segment.bytes)); // what stays there is taken for the torn tail that it is
             return Err(error);
         }
         segment.bytes += Self::size_of(records);
@@ -197,11 +203,13 @@ impl Journal {
         Ok(())
     }
 
-    fn new_segment(&self, first: u64) -> io::Result<Segment> {
+    fn begin_segment(&mut self, first: u64) -> io::Result<()> {
         let path = self.dir.join(format!("{first:020}.{SUFFIX}"));
         let file = self.disk.open(&path, Open::Write)?;
         file.set_len(0)?; // an append that failed may have left it
-        Ok(Segment { path, file, first, next: first, bytes: 0 })
+        self.segments.push_back(Segment { path, first, next: first, bytes: 0 });
+        self.last = Some(file);
+        Ok(())
     }
 
     /// Adds the end.
@@ -220,15 +228,20 @@ impl Journal {
         let Some(segment) = self.segments.iter().find(|segment| segment.first <= first && first < segment.next) else {
             return Err(io::ErrorKind::NotFound.into());
         };
-        if self.cursor.first != segment.first || self.cursor.next > first {
-            self.cursor = Cursor { first: segment.first, next: segment.first, position: 0 };
-        }
-        let mut messages = Messages::new(&*segment.file, self.cursor.position, segment.bytes);
+        self.cursor.take_if(|cursor| cursor.first != segment.first || cursor.next > first);
+        let cursor = match &mut self.cursor {
+            Some(cursor) => cursor,
+            none => {
+                let file = self.disk.open(&segment.path, Open::Read)?;
+                none.insert(Cursor { file, first: segment.first, next: segment.first, position: 0 })
+            }
+        };
+        let mut messages = Messages::new(&*cursor.file, cursor.position, segment.bytes);
         messages.chunk = most.min(CHUNK);
         let (mut records, mut cost) = (Vec::new(), 0);
-        while self.cursor.next < segment.next {
+        while cursor.next < segment.next {
             let sealed = match messages.next() {
-                Ok(message) => message.and_then(|message| sealed(message, self.cursor.next)),
+                Ok(message) => message.and_then(|message| sealed(message, cursor.next)),
                 Err(error) if records.is_empty() => return Err(error),
                 Err(_) => break, // it comes again in the next call, whose first record it concerns
             };
@@ -241,8 +254,8 @@ impl Journal {
             } else {
                 records.push(sealed);
             }
-            self.cursor.next += 1;
-            self.cursor.position = messages.position;
+            cursor.next += 1;
+            cursor.position = messages.position;
         }
         if records.is_empty() { Err(damaged()) } else { Ok(records) }
     }
@@ -261,8 +274,12 @@ impl Journal {
     pub(super) fn forget(&mut self, next: u64) {
         while self.segments.front().is_some_and(|segment| segment.next <= next) {
             if let Some(segment) = self.segments.pop_front() {
+                self.cursor.take_if(|cursor| cursor.first == segment.first); // open, it would keep its place on the disk
                 drop(self.disk.remove_file(&segment.path)); // what stays is found to be acknowledged by the next agent
             }
+        }
+        if self.segments.is_empty() {
+            self.last = None;
         }
     }
 

@@ -91,6 +91,7 @@ async fn the_limit_is_kept_and_what_is_delivered_makes_room() {
     }
     assert!(bench.bytes() > limit - 2 * LEN as u64, "only {} bytes", bench.bytes());
     assert!(timeout(Duration::from_secs(60), bench.outbox.room()).await.is_err(), "everything is full");
+    assert!(Arc::strong_count(&bench.disk.files) <= 4, "{} files are open", Arc::strong_count(&bench.disk.files) - 1);
     let mut server = Server::default();
     server.connect(&bench.outbox);
     for seq in next..next + 200 {
@@ -487,6 +488,8 @@ struct FaultyDisk {
     unreadable: Arc<Mutex<OsString>>,
     writes: Arc<AtomicUsize>,
     reads: Arc<AtomicUsize>,
+    /// Counts open files.
+    files: Arc<()>,
 }
 
 #[derive(Debug)]
@@ -498,6 +501,7 @@ struct FaultyFile {
     unreadable: Arc<Mutex<OsString>>,
     writes: Arc<AtomicUsize>,
     reads: Arc<AtomicUsize>,
+    _open: Arc<()>,
 }
 
 impl Disk for FaultyDisk {
@@ -506,7 +510,7 @@ impl Disk for FaultyDisk {
         let (full, broken, unreadable) = (self.full.clone(), self.broken.clone(), self.unreadable.clone());
         let (writes, reads) = (self.writes.clone(), self.reads.clone());
         let name = path.file_name().unwrap().to_owned();
-        Ok(Box::new(FaultyFile { file, name, full, broken, unreadable, writes, reads }))
+        Ok(Box::new(FaultyFile { file, name, full, broken, unreadable, writes, reads, _open: self.files.clone() }))
     }
 
     fn create_dirs(&self, path: &Path) -> io::Result<()> {
