@@ -40,7 +40,7 @@ use crate::outbox::{Outbox, expiry};
 /// How long the server may take to confirm a record before it is written down.
 const PATIENCE: Duration = Duration::from_millis(200);
 
-/// How long after the disk or the limit was full the next write is tried.
+/// How long after the disk failed, or it or the limit was full, the same is tried again.
 const RETRY: Duration = Duration::from_secs(5);
 
 /// Records moved at once, bytes.
@@ -67,8 +67,8 @@ pub(crate) struct Spool {
     /// When to try again after the disk was full.
     retry: Option<Instant>,
     warned: bool,
-    /// The record that cannot be read.
-    unreadable: Option<u64>,
+    /// The record that cannot be read, and when to try once more.
+    unreadable: Option<(u64, Instant)>,
     /// Whether what was done last was to bring records back.
     has_brought: bool,
     leave: watch::Receiver<bool>,
@@ -244,23 +244,30 @@ impl Spool {
             if self.journal.as_ref().is_some_and(|journal| journal.has_delivered(sender.oldest())) {
                 return Work::Forget(sender.oldest());
             }
-            let bring = self.next_bring(sender);
+            let (bring, again) = match self.next_bring(sender, now) {
+                Ok(bring) => (Some(bring), None),
+                Err(again) => (None, again),
+            };
             match (self.next_write(sender, now), bring) {
                 (Ok(write), _) if self.has_brought => write, // in turns: neither waits for the end of the other
                 (_, Some((first, most))) => Work::Bring(first, most),
                 (Ok(write), None) => write,
-                (Err(until), None) => Work::Wait(until),
+                (Err(until), None) => Work::Wait(until.into_iter().chain(again).min()),
             }
         })
     }
 
     /// Where to bring records back from, and how much: what is sent next may take half of the memory, as far as the newest
-    /// leave room for it.
-    fn next_bring(&self, sender: &Sender) -> Option<(u64, u64)> {
-        let first = sender.spilled()?;
+    /// leave room for it. Otherwise when to look again, if nothing happens.
+    fn next_bring(&self, sender: &Sender, now: Instant) -> Result<(u64, u64), Option<Instant>> {
+        let first = sender.spilled().ok_or(None)?;
+        let again = self.unreadable.filter(|(seq, _)| *seq == first).map(|(_, at)| at);
+        if again.is_some_and(|at| at > now) {
+            return Err(again);
+        }
         let room = self.outbox.keep().saturating_sub(sender.held_cost()).min(self.outbox.rest(sender.cost()));
-        let is_worth_it = room >= MAX_PAYLOAD as u64 + RECORD_COST && self.unreadable != Some(first);
-        (sender.held_cost() == 0 || is_worth_it).then(|| (first, room.min(BATCH as u64)))
+        let is_worth_it = room >= MAX_PAYLOAD as u64 + RECORD_COST && again.is_none();
+        if sender.held_cost() == 0 || is_worth_it { Ok((first, room.min(BATCH as u64))) } else { Err(None) }
     }
 
     /// What is to be written now; otherwise when to look again, if nothing happens.
@@ -349,15 +356,16 @@ impl Spool {
         }
     }
 
-    /// What cannot be read is lost, and the server is told so. Only once it has everything before that, and then it is
-    /// tried once more.
+    /// What cannot be read, and not a while later either, is lost. The server is told so once it has everything before.
     fn handle_loss(&mut self, first: u64, error: &io::Error) {
         let next = self.journal.as_ref().map_or(first + 1, |journal| journal.end_of_segment(first));
-        let is_final = self.unreadable == Some(first) && self.outbox.look(Sender::spilled) == Some(first);
-        if is_final && self.outbox.lose(next) {
+        let is_final = self.unreadable.is_some_and(|(seq, _)| seq == first)
+            && self.outbox.look(Sender::spilled) == Some(first)
+            && self.outbox.lose(next);
+        if is_final {
             warn!(records = next - first, "the spool is damaged, output is lost: {error}");
         }
-        self.unreadable = Some(first);
+        self.unreadable = Some((first, Instant::now() + RETRY));
     }
 
     /// The journal is not to be had: memory has to do.
