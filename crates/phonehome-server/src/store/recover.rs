@@ -64,7 +64,8 @@ enum State {
 struct Found {
     /// Up to where everything is good.
     sound: Point,
-    /// Place and number of the last entry that begins a round: everything before it was acknowledged.
+    /// The last place where an entry begins a round, and the highest number of one that does: everything before either was
+    /// acknowledged. They are of the same entry, unless the disk has put one where it does not belong.
     round: Option<(u64, u64)>,
     /// Something cannot be read at all.
     unreadable: bool,
@@ -75,7 +76,7 @@ impl Found {
     fn look(files: &[Box<dyn File>; 3]) -> io::Result<Self> {
         let [log, events, index] = files;
         let mut walk = Walk::new(files)?;
-        let (mut sound, mut round, mut unreadable) = (None, None, false);
+        let (mut sound, mut round, mut unreadable) = (None, None::<(u64, u64)>, false);
         while let Some(seen) = walk.next() {
             match seen.what {
                 What::Hole | What::Record(_) => {}
@@ -84,7 +85,10 @@ impl Found {
                     sound.get_or_insert_with(|| walk.at().clone());
                 }
             }
-            round = seen.first.map(|seq| (seen.entry, seq)).or(round);
+            if let Some(seq) = seen.first {
+                let highest = round.map_or(seq, |(_, highest)| seq.max(highest));
+                round = Some((seen.entry, highest));
+            }
         }
         let sound = sound.unwrap_or_else(|| walk.at().clone());
         Ok(Self { sound, round, unreadable, lens: [log.len()?, events.len()?, index.len()?] })
@@ -324,6 +328,18 @@ mod tests {
             assert_eq!((log.durable().tally.next(), log.durable().lost), (4, 2));
             assert!(scene.path("quarantine/2").exists(), "nothing that was restored is a torn tail");
         }
+    }
+
+    #[test]
+    fn an_entry_that_does_not_belong_there_hides_no_loss() {
+        let scene = Scene::filled();
+        let mut index = scene.bytes("index");
+        index.extend_from_within(ENTRY..2 * ENTRY);
+        fs::write(scene.path("index"), index).unwrap();
+        scene.cut("log", 0);
+        scene.cut("events", 0);
+        let log = scene.open();
+        assert_eq!((log.durable().tally.next(), log.durable().lost), (3, 3));
     }
 
     #[test]
