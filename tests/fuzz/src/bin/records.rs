@@ -24,7 +24,8 @@ fuzz_target!(|input: &[u8]| {
     let mut input = Input::new(input);
     let mut server = Server::default();
     while !input.is_empty() {
-        match input.below(8) {
+        let choice = input.byte();
+        match choice % 8 {
             0 => server.hello(hello(&mut input, &server)),
             1 | 2 => {
                 let at = server.pick(&mut input);
@@ -36,7 +37,12 @@ fuzz_target!(|input: &[u8]| {
                 let finished = finished(&mut input, &server, at);
                 server.finished(at, finished);
             }
-            4 => server.commit(),
+            4 => {
+                server.commit();
+                if choice & 8 == 0 {
+                    server.acknowledge();
+                }
+            }
             5 => server.crash(),
             kind => {
                 let at = server.pick(&mut input);
@@ -150,6 +156,8 @@ struct Log {
     durable: usize,
     tally: Tally,
     lost: u64,
+    /// It was taken back once in the life of this server.
+    rewound: bool,
     finished: Option<(Finished, FinishedAck)>,
 }
 
@@ -252,6 +260,14 @@ impl Server {
                 assert_eq!(connection.receiver.finished(), Some(&(finished, answer)));
                 assert_eq!(state(&connection.receiver), before);
             }
+            Ok(Ending::Rewind(answer)) => {
+                assert_eq!(answer, FinishedAck::Resume(connection.receiver.next()));
+                assert_eq!(connection.receiver.next(), connection.receiver.acked().next());
+                if is_current {
+                    assert!(!std::mem::replace(&mut log.rewound, true), "taken back for ever");
+                    log.rewind(connection.receiver.tally());
+                }
+            }
             Ok(Ending::Accept(answer)) if is_current => {
                 assert_eq!(answer == FinishedAck::Complete, log.is_complete(&finished), "{answer:?}");
                 log.finished = Some((finished, answer));
@@ -267,7 +283,14 @@ impl Server {
         self.logs.iter_mut().for_each(|log| log.durable = log.entries.len());
         for connection in &mut self.connections {
             let log = &self.logs[connection.lease.attempt as usize - 1];
-            connection.receiver.handle_durable(log.tally.next(), log.tally.bytes());
+            connection.receiver.handle_durable(&log.tally);
+        }
+    }
+
+    /// Everybody is told what is durable.
+    fn acknowledge(&mut self) {
+        for connection in &mut self.connections {
+            assert_eq!(connection.receiver.acknowledge(), connection.receiver.durable());
         }
     }
 
@@ -288,7 +311,11 @@ impl Server {
             let log = &self.logs[connection.lease.attempt as usize - 1];
             assert_eq!(connection.lease.attempt as usize, self.logs.len(), "an old attempt may write");
             assert_eq!(connection.receiver.next(), log.tally.next());
-            assert!(connection.receiver.durable() <= log.durable_next(), "acknowledged and not durable");
+            assert!(connection.receiver.durable() <= log.durable_next(), "said to be durable and is not");
+            assert!(
+                connection.receiver.acked().next() <= connection.receiver.durable(),
+                "acknowledged and not durable"
+            );
             assert!(log.in_flight() <= MAX_WINDOW + MAX_MESSAGE as u64, "a flood");
         }
     }
@@ -296,11 +323,33 @@ impl Server {
 
 impl Log {
     fn new(producer: ProducerId) -> Self {
-        Self { producer, entries: Vec::new(), durable: 0, tally: Tally::default(), lost: 0, finished: None }
+        Self {
+            producer,
+            entries: Vec::new(),
+            durable: 0,
+            tally: Tally::default(),
+            lost: 0,
+            rewound: false,
+            finished: None,
+        }
     }
 
     fn receiver(&self) -> Receiver {
-        Receiver::resume(self.tally.clone(), self.lost, self.finished.clone())
+        let mut receiver = Receiver::resume(self.tally.clone(), self.lost, self.finished.clone());
+        if self.rewound {
+            receiver.note_rewound();
+        }
+        receiver
+    }
+
+    /// Takes back every record beyond an account.
+    fn rewind(&mut self, tally: &Tally) {
+        assert!(tally.next() < self.tally.next(), "nothing is taken back");
+        while self.entries.last().is_some_and(|last| last.next() > tally.next()) {
+            assert!(matches!(self.entries.pop(), Some(Entry::Record(_))), "a hole is taken back");
+        }
+        self.durable = self.durable.min(self.entries.len());
+        self.tally = tally.clone();
     }
 
     fn stored_crc(&self, seq: u64) -> Option<u32> {
@@ -313,7 +362,7 @@ impl Log {
     fn recover(&mut self) {
         self.entries.truncate(self.durable);
         let whole = self.tally.clone();
-        (self.tally, self.lost) = (Tally::default(), 0);
+        (self.tally, self.lost, self.rewound) = (Tally::default(), 0, false);
         for entry in &self.entries {
             match entry {
                 Entry::Record(record) => {
