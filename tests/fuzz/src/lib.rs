@@ -1,5 +1,8 @@
 //! What several of the programs in `src/bin` share.
 
+pub mod disk;
+pub mod memory;
+
 /// Reads decisions off the front of what the fuzzer made up. At its end everything is zero.
 pub struct Input<'a>(&'a [u8]);
 
