@@ -4,6 +4,7 @@
 use std::time::{Duration, Instant};
 
 use crate::hook::render::{self, LinePrinter, Sanitizer, Style};
+pub use crate::store::fuzzing::{ENTRY, Stored, StoredItem, decode_entry, entry_of, entry_of_lost, store, survey};
 
 /// The safe form of a whole stream that arrived in these pieces, without the lines' part of it.
 pub fn sanitize<'a>(color: bool, pieces: impl IntoIterator<Item = &'a [u8]>) -> Vec<u8> {

@@ -24,6 +24,8 @@ mod attempt;
 mod current;
 #[cfg(test)]
 mod faulty;
+#[cfg(all(fuzzing, feature = "cli"))]
+pub(crate) mod fuzzing;
 mod index;
 mod log;
 mod quarantine;

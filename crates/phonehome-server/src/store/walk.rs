@@ -199,5 +199,5 @@ impl<'a> Source<'a> {
     }
 }
 
-/// Bytes read at a time.
-const READ_AHEAD: usize = 256 * 1024;
+/// Bytes read at a time. A fuzzer's files are small, and have to be larger than this.
+const READ_AHEAD: usize = if cfg!(fuzzing) { 4 * 1024 } else { 256 * 1024 };
