@@ -17,4 +17,7 @@ mod spool;
 mod uplink;
 
 pub use run::run;
+#[cfg(fuzzing)]
+#[doc(hidden)]
+pub use spool::fuzzing;
 pub use uplink::Delivery;

@@ -7,6 +7,8 @@
 //! A journal that cannot be used, for want of room or of permission, is never a reason to fail: the agent goes on with
 //! memory alone and says so.
 
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod journal;
 mod place;
 
