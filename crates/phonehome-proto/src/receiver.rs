@@ -264,7 +264,7 @@ impl Receiver {
     /// What keeps the log from being complete.
     fn missing(&self, differs: Option<&str>) -> Option<String> {
         if self.lost > 0 {
-            return Some(format!("the server lost {} acknowledged records", self.lost));
+            return Some(format!("{} records are gone, neither side has them any more", self.lost));
         }
         let remedy = if self.rewound {
             "also after the last records were sent again"
@@ -385,7 +385,7 @@ mod tests {
         let Ok(Ending::Accept(FinishedAck::Incomplete(reason))) = receiver.handle_finished(end_of(&receiver)) else {
             panic!("a loss went unnoticed")
         };
-        assert!(reason.contains("4 acknowledged records"), "{reason}");
+        assert!(reason.contains("4 records are gone"), "{reason}");
     }
 
     #[test]

@@ -130,7 +130,9 @@ impl Sender {
     #[must_use]
     pub fn recover(oldest: u64, next: u64, finished: Option<Finished>) -> Self {
         assert!(oldest <= next, "a range of records");
-        Self { oldest, sent: oldest, spilled: next - oldest, finished, is_recovered: true, ..Self::default() }
+        let spilled = next - oldest;
+        // All of it may have been sent by that life.
+        Self { oldest, sent: oldest, reached: next, spilled, finished, is_recovered: true, ..Self::default() }
     }
 
     /// Holds the next record.

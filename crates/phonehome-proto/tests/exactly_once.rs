@@ -80,7 +80,7 @@ proptest! {
             Some(FinishedAck::Complete) => prop_assert!(world.is_whole(0)),
             Some(FinishedAck::Incomplete(reason)) => {
                 prop_assert!(lost > 0);
-                prop_assert_eq!(reason, &format!("the server lost {lost} acknowledged records"));
+                prop_assert_eq!(reason, &format!("{lost} records are gone, neither side has them any more"));
                 prop_assert_eq!(&world.agents[0].outcome, &Some(Outcome::Delivered(Some(reason.clone()))));
             }
             Some(FinishedAck::Resume(_)) => prop_assert!(false, "an order to resume is no end"),

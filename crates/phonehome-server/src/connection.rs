@@ -308,8 +308,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     async fn rewind(&mut self, answer: FinishedAck, session: &mut Session) -> Result<(), Hangup> {
         let Opened { writer, receiver, progress } = &mut session.seat.opened;
         warn!(from = receiver.next(), "the end does not agree with what is stored: the last records are sent again");
+        if !self.shared.store.rewind(writer, receiver.tally()).await? {
+            return Ok(()); // a newer connection has taken over, which is about to be noticed
+        }
         self.build.note_rewound(&writer.files);
-        self.shared.store.rewind(writer, receiver.tally()).await?;
         session.ack_at = None;
         if progress.borrow_and_update().failed {
             return Err(Hangup::Storage);

@@ -115,7 +115,7 @@ enum Job {
     Rewind {
         writer: Writer,
         tally: Box<Tally>,
-        reply: oneshot::Sender<io::Result<()>>,
+        reply: oneshot::Sender<io::Result<bool>>,
     },
     Survey {
         build: BuildId,
@@ -225,13 +225,13 @@ impl Store {
         self.send(Job::Finish { writer: writer.clone(), finished: Box::new(finished), answer }).await
     }
 
-    /// Takes back every record beyond `tally`, durably. Nothing that the attempt's progress said before this returns may
+    /// Takes back every record beyond `tally`, durably, unless the writer may write no more: says whether it did. Nothing that the attempt's progress said before this returns may
     /// be acknowledged.
-    pub(crate) async fn rewind(&self, writer: &Writer, tally: &Tally) -> Result<(), Stuck> {
+    pub(crate) async fn rewind(&self, writer: &Writer, tally: &Tally) -> Result<bool, Stuck> {
         let (reply, done) = oneshot::channel();
         self.send(Job::Rewind { writer: writer.clone(), tally: Box::new(tally.clone()), reply }).await?;
         match timeout(PATIENCE, done).await {
-            Ok(Ok(Ok(()))) => Ok(()),
+            Ok(Ok(Ok(rewound))) => Ok(rewound),
             Ok(Ok(Err(_)) | Err(_)) | Err(_) => Err(Stuck),
         }
     }

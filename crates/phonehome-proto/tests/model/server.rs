@@ -530,7 +530,7 @@ pub(crate) fn encode_answer(answer: &FinishedAck, out: &mut Vec<u8>) {
 
 /// Whether it says that so many records were lost.
 fn admits(answer: &FinishedAck, lost: u64) -> bool {
-    says(answer, &format!("lost {lost} acknowledged"))
+    says(answer, &format!("{lost} records are gone"))
 }
 
 /// Whether it is a reason with these words.

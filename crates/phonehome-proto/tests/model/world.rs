@@ -233,15 +233,9 @@ impl World {
         if agent.is_at_work() && self.faults.spills > 0 {
             actions.extend((oldest + 1..=next).flat_map(|kept| [0, 1].map(|keep| Action::Spill(who, kept, keep))));
         }
-        if agent.can_recover() && self.faults.deaths > 0 && self.is_quiet(who) {
+        if agent.can_recover() && self.faults.deaths > 0 {
             actions.extend((0..=oldest).map(|oldest| Action::Die(who, oldest)));
         }
-    }
-
-    /// Whether nothing of an agent is on its way, to the server or to its disk.
-    fn is_quiet(&self, who: usize) -> bool {
-        let log = self.server.logs.last();
-        self.links.iter().all(|link| link.agent != who) && log.is_none_or(|log| log.durable == log.entries.len())
     }
 
     fn actions_on_link(&self, at: usize, model: &Model, actions: &mut Vec<Action>) {
@@ -355,6 +349,11 @@ impl World {
 
     fn die(&mut self, who: usize, oldest: u64, model: &Model, seen: &mut Seen) {
         self.faults.deaths -= 1;
+        for at in 0..self.links.len() {
+            if self.links[at].agent == who {
+                self.link(at).let_go();
+            }
+        }
         self.agent(who).recover(oldest, &model.scripts[who], seen);
     }
 

@@ -158,7 +158,9 @@ impl Printer {
     fn show(&mut self, item: LogItem) -> usize {
         match item {
             LogItem::Lost { step, records, .. } => {
-                self.own_line(&format!("{records} records of step {step} are missing here: the server lost them"));
+                self.own_line(&format!(
+                    "{records} records of step {step} are missing here: neither side has them any more"
+                ));
                 0
             }
             LogItem::Record(record) => self.show_record(&record),

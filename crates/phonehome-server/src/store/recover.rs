@@ -186,7 +186,7 @@ fn restore_end(ended: &Ended, stored: &Point) -> Option<Ended> {
         return None;
     }
     if stored.lost > 0 {
-        answer = FinishedAck::Incomplete(format!("the server lost {} acknowledged records", stored.lost));
+        answer = FinishedAck::Incomplete(format!("{} records are gone, neither side has them any more", stored.lost));
     } else if !agrees(ended, stored) {
         answer = FinishedAck::Incomplete("the counts or the digest differ from what is stored".into());
     }
@@ -321,7 +321,7 @@ mod tests {
             scene.flip("log", 1);
             let log = scene.open();
             assert_eq!((log.durable().tally.next(), log.durable().lost, scene.bytes("log")), (4, 1, b"two\n3".into()));
-            let answer = FinishedAck::Incomplete("the server lost 1 acknowledged records".into());
+            let answer = FinishedAck::Incomplete("1 records are gone, neither side has them any more".into());
             assert_eq!(log.finished().map(|(_, told)| told), finished.then_some(&answer));
             scene.flip("index", ENTRY);
             let log = scene.open();

@@ -200,10 +200,10 @@ impl Steps {
     }
 
     /// Takes back every record beyond `tally`.
-    pub(super) fn rewind(&mut self, writer: &Writer, tally: Tally) -> io::Result<()> {
+    pub(super) fn rewind(&mut self, writer: &Writer, tally: Tally) -> io::Result<bool> {
         match self.current(writer) {
-            Some(current) => current.rewind(tally),
-            None => Ok(()), // its connection hears of that in another way
+            Some(current) => current.rewind(tally).map(|()| true),
+            None => Ok(false),
         }
     }
 
