@@ -26,8 +26,9 @@ use phonehome_proto::{
 #[global_allocator]
 static MEMORY: Meter = Meter::new();
 
-/// Most memory that taking up takes, bytes: one message is read ahead, and files' names and numbers are kept.
-const BOUND: usize = 1024 * 1024;
+/// Most memory that taking up takes, bytes: one message is read ahead, and serde takes up to 1 MiB for a list whose length
+/// it was told and whose elements it has not seen.
+const BOUND: usize = 2 * 1024 * 1024;
 
 const DIR: &str = "/spool/000001-07";
 /// An agent's, with a small limit.
