@@ -1,7 +1,7 @@
 //! Callers, good and bad, against a whole server on a machine in memory, whose time costs nothing: requests, websocket
 //! frames and pauses in any order, over several connections. Whatever they send, they are answered in HTTP and in frames
 //! of the wire, or hung up on in time; without a build's token nothing opens and nothing is written; little memory is
-//! taken; and what was acknowledged is stored.
+//! taken; what was acknowledged is stored; and a good agent that comes last is served.
 
 #![no_main]
 
@@ -17,7 +17,7 @@ use phonehome_proto::{
     id::{Attempt, BuildId, ProducerId, StepName},
     tally::Tally,
 };
-use phonehome_server::{Config, Durability, Expected, ExpectedBuild, Server, fuzzing::survey};
+use phonehome_server::{Clocks, Config, Durability, Expected, ExpectedBuild, Server, fuzzing::survey};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt, DuplexStream, ReadHalf, WriteHalf},
     task::JoinHandle,
@@ -35,8 +35,9 @@ const BOUND: usize = 16 * 1024 * 1024;
 const PATIENCE: Duration = Duration::from_secs(240);
 
 const DATA: &str = "/data";
-/// Builds and their tokens.
-const BUILDS: [(&str, &str); 2] = [("b", "token-of-b"), ("other", "token-of-other")];
+/// Builds and their tokens. The last is the good agent's.
+const BUILDS: [(&str, &str); 3] = [("b", "token-of-b"), ("other", "token-of-other"), ("good", "token-of-good")];
+const GOOD: usize = 2;
 const CALLERS: usize = 6;
 
 fuzz_target!(|input: &[u8]| {
@@ -87,6 +88,7 @@ impl World {
         while !input.is_empty() {
             world.act(&mut input).await;
         }
+        world.good_agent().await;
         if shape & 4 == 4 {
             timeout(PATIENCE, world.server.shutdown(Duration::from_secs(5))).await.expect("it goes down");
         }
@@ -110,16 +112,14 @@ impl World {
             Config { listen: ([0, 0, 0, 0], 0).into(), tls: false, data: DATA.into(), durability: Durability::Fsync };
         let server = Server::deaf(env, &config).expect("the data directory can be had");
         let builds = BUILDS.map(|(id, token)| {
-            let expected = Expected { token: Some(token.to_owned()), ..Expected::new(build(id)) };
+            let clocks = if id == BUILDS[GOOD].0 { no_limits() } else { Clocks::default() };
+            let expected = Expected { token: Some(token.to_owned()), clocks, ..Expected::new(build(id)) };
             server.expect(expected).expect("it is new")
         });
         Self { server, builds: builds.into(), callers: Vec::new(), at: 0 }
     }
 
     fn connect(&mut self, slowly: bool) {
-        if self.callers.len() == CALLERS {
-            return;
-        }
         let (ours, theirs) = tokio::io::duplex(16 * 1024);
         self.server.serve(theirs);
         let (reader, stream) = tokio::io::split(ours);
@@ -174,11 +174,24 @@ impl World {
                 self.send(&websocket(0x80 | opcode, 0, input.bytes(length))).await;
             }
             11 => sleep(Duration::from_millis(1 << (choice >> 4))).await,
-            12 => self.connect(choice & 16 == 16),
+            12 if self.callers.len() < CALLERS => self.connect(choice & 16 == 16),
             13 => self.at = usize::from(choice >> 4) % self.callers.len(),
             14 => drop(timeout(PATIENCE, self.callers[self.at].stream.shutdown()).await),
+            12 => {}
             _ => self.builds[usize::from(choice >> 4 & 1)].cancel("the test says so"),
         }
+    }
+
+    /// A build's whole life.
+    async fn good_agent(&mut self) {
+        self.connect(false);
+        self.open(Codec::Binary, GOOD).await;
+        self.frame(&AgentFrame::Hello(hello(GOOD, 0, 0))).await;
+        let records = self.records(&mut Input::new(&[]), 3);
+        self.frame(&AgentFrame::Records(records)).await;
+        let finished = self.finished(&mut Input::new(&[]));
+        self.frame(&AgentFrame::Finished(finished)).await;
+        sleep(Duration::from_secs(1)).await;
     }
 
     /// What a good agent asks.
@@ -340,6 +353,10 @@ fn hello(at: usize, oldest: u64, next: u64) -> Hello {
     }
 }
 
+fn no_limits() -> Clocks {
+    Clocks { connect: None, idle: None, lost: None, total: None, ..Clocks::default() }
+}
+
 fn build(id: &str) -> BuildId {
     id.parse().expect("a name")
 }
@@ -367,24 +384,23 @@ struct Promised(BTreeMap<Attempt, (u64, Option<FinishedAck>)>);
 
 /// Looks at everything that callers got and at what is on the disk then.
 fn check(disk: &MemoryDisk, heard: Vec<Heard>) {
-    let mut promised: [Promised; 2] = Default::default();
-    let mut tokens = [false; 2];
+    let mut promised: [Promised; BUILDS.len()] = Default::default();
+    let mut tokens = [false; BUILDS.len()];
     for Heard { sent, got } in &heard {
         let shown = BUILDS.map(|(_, token)| contains(sent, token));
-        tokens = [0, 1].map(|at| tokens[at] || shown[at]);
+        tokens = [0, 1, 2].map(|at| tokens[at] || shown[at]);
         if let Some((head, frames)) = answers(got) {
-            assert!(shown != [false; 2], "it is opened to somebody without a token");
+            let first = shown.iter().position(|shown| *shown).expect("it is opened to somebody without a token");
             let codec = if head.contains("phonehome.v1.json") { Codec::Json } else { Codec::Binary };
             let mut unknown = Promised::default();
-            // With both tokens in one stream it is not known which was the header.
-            let promised = match shown {
-                [true, false] => &mut promised[0],
-                [false, true] => &mut promised[1],
-                [_, _] => &mut unknown,
-            };
+            // With several tokens in one stream it is not known which was the header.
+            let is_known = shown.iter().filter(|shown| **shown).count() == 1;
+            let promised = if is_known { &mut promised[first] } else { &mut unknown };
             messages(codec, frames, promised);
         }
     }
+    let end = promised[GOOD].0.get(&1).and_then(|(_, end)| end.as_ref());
+    assert_eq!(end, Some(&FinishedAck::Complete), "the good agent is not served");
     for (at, (id, _)) in BUILDS.into_iter().enumerate() {
         let dir = Path::new(DATA).join("builds").join(id);
         if !tokens[at] {
