@@ -1,8 +1,9 @@
 //! The network breaks; the log does not.
 
 use phonehome_proto::frame::FinishedAck;
+use phonehome_server::{Config, Durability, Expected, Server};
 
-use crate::harness::{Caller, Hook, Mode, Proxy, Random, Records, Scene};
+use crate::harness::{Caller, Hook, Mode, Process, Proxy, Random, Records, Scene, eventually, patiently};
 
 const KIB: u64 = 1024;
 const MIB: u64 = 1024 * KIB;
@@ -94,6 +95,25 @@ async fn a_link_that_stalls_delays_the_build_and_loses_nothing() {
     let ended = hook.ended().await;
     assert!(ended.stdout.strip_prefix(b"going\n") == Some(&source), "{}", ended.stderr());
     assert_eq!((ended.code, agent.ended().await), (0, 0));
+}
+
+/// As after a restart: the server listens, and is told a moment later which builds there are.
+#[tokio::test]
+async fn an_agent_that_calls_before_its_build_is_expected_comes_back() {
+    let scene = Scene::new();
+    let listen = "127.0.0.1:0".parse().unwrap();
+    let config = Config { listen, tls: false, data: scene.path("data"), durability: Durability::Os };
+    let server = Server::spawn(config).await.unwrap();
+    let url = server.url("127.0.0.1", server.local_addr().port());
+    let mut agent = scene.command(crate::harness::agent());
+    agent.args(["--tee", "off", "--url", &url, "--build", "early"]).env("PHONEHOME_TOKEN", "known-to-both");
+    let mut agent = Process::spawn(agent.args(["--", "sh", "-c", "echo early; exit 3"]));
+    eventually("it was turned away", || server.refusals().is_some()).await;
+    let token = Some("known-to-both".to_owned());
+    let build = server.expect(Expected { token, ..Expected::new("early".parse().unwrap()) }).unwrap();
+    let verdict = patiently("a verdict", build.verdict()).await;
+    assert_eq!((verdict.exit_code(), verdict.incomplete), (3, None));
+    assert_eq!(agent.ended().await, 3);
 }
 
 /// An agent that was away for a while is not lost.

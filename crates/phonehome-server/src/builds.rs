@@ -65,6 +65,11 @@ impl Builds {
             .cloned()
     }
 
+    /// Whether nothing is expected so far, so that nothing is known about any token.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.lock().is_empty()
+    }
+
     pub(crate) fn all(&self) -> Vec<Arc<Build>> {
         self.lock().values().cloned().collect()
     }
