@@ -3,11 +3,14 @@
 
 mod binaries;
 mod caller;
+mod disk;
 mod hook;
+mod netns;
 mod process;
 mod proxy;
 mod random;
 mod scene;
+mod site;
 
 use std::{io::Write, process::Command, time::Duration};
 
@@ -16,11 +19,14 @@ use tokio::time::{sleep, timeout};
 pub(crate) use self::{
     binaries::{agent, server},
     caller::{Caller, Records, ask, hello},
+    disk::MortalDisk,
     hook::{Hook, Stored, arguments, builder},
+    netns::{End, Link},
     process::Process,
     proxy::{Mode, Proxy},
     random::Random,
     scene::{Gate, Scene},
+    site::{Life, Lines, Site},
 };
 
 /// How long anything may take that must happen. Generous: only a failing test waits this long.

@@ -12,6 +12,7 @@ mod agent;
 mod attempts;
 mod delivery;
 mod exit_codes;
+mod faults;
 mod git;
 mod hook;
 mod isolation;

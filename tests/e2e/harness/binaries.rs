@@ -1,4 +1,4 @@
-//! The two programs, built once with the profile of the tests.
+//! The programs, built once with the profile of the tests.
 
 use std::{
     env,
@@ -15,6 +15,12 @@ pub(crate) fn agent() -> PathBuf {
 /// `phonehome-server`.
 pub(crate) fn server() -> PathBuf {
     directory().join("phonehome-server")
+}
+
+/// `collector`, the server that tests kill: cargo has built it before this test, a directory of others may have its own.
+pub(crate) fn collector() -> PathBuf {
+    let others = env::var_os("PHONEHOME_BIN_DIR").map(|directory| PathBuf::from(directory).join("collector"));
+    others.filter(|path| path.exists()).unwrap_or_else(|| env!("CARGO_BIN_EXE_collector").into())
 }
 
 /// Where both are. `PHONEHOME_BIN_DIR` names a directory with others, static ones say.

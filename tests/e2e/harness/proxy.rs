@@ -8,6 +8,7 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
 use tokio::{
@@ -16,8 +17,9 @@ use tokio::{
         TcpListener, TcpStream,
         tcp::{OwnedReadHalf, OwnedWriteHalf},
     },
-    sync::watch,
+    sync::{Notify, watch},
     task::JoinSet,
+    time::{sleep, timeout},
 };
 
 use super::{Random, patiently};
@@ -37,8 +39,12 @@ pub(crate) enum Mode {
     Cut(Range<u64>),
     /// Everything is passed on.
     Forward,
+    /// A connection on which nothing was passed on for this long is closed, in both directions.
+    Idle(Duration),
     /// A new one is reset at once.
     Refuse,
+    /// So many bytes a second are passed on in each direction of a connection.
+    Slow(u64),
     /// Nothing is passed on for now; new and old ones stay open.
     Stall,
 }
@@ -114,11 +120,18 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>) {
     }
 }
 
+/// Pieces in which the bytes of one second are passed on when the way is slow.
+const SLICES: u64 = 20;
+
 /// One connection, of which so many bytes more are passed on.
 struct Connection {
     shared: Arc<Shared>,
     left: AtomicU64,
     reset: bool,
+    /// As it was when the connection was accepted.
+    mode: Mode,
+    /// Something was passed on.
+    passed: Notify,
 }
 
 impl Connection {
@@ -126,11 +139,11 @@ impl Connection {
         let mut random = shared.random.lock().unwrap();
         let left = match mode {
             Mode::Cut(range) => random.within(range.clone()),
-            Mode::Forward | Mode::Refuse | Mode::Stall => u64::MAX,
+            Mode::Forward | Mode::Idle(_) | Mode::Refuse | Mode::Slow(_) | Mode::Stall => u64::MAX,
         };
         let reset = random.next().is_multiple_of(2);
         drop(random);
-        Self { shared, left: AtomicU64::new(left), reset }
+        Self { shared, left: AtomicU64::new(left), reset, mode: mode.clone(), passed: Notify::new() }
     }
 
     async fn run(self, client: TcpStream) -> io::Result<()> {
@@ -143,8 +156,20 @@ impl Connection {
         }
         let (mut from_client, mut to_client) = client.into_split();
         let (mut from_server, mut to_server) = server.into_split();
-        tokio::try_join!(self.pass(&mut from_client, &mut to_server), self.pass(&mut from_server, &mut to_client))?;
+        tokio::try_join!(
+            self.pass(&mut from_client, &mut to_server),
+            self.pass(&mut from_server, &mut to_client),
+            self.watch_silence()
+        )?;
         Ok(())
+    }
+
+    /// Ends with an error when nothing was passed on for as long as the mode allows.
+    async fn watch_silence(&self) -> io::Result<()> {
+        let Mode::Idle(limit) = self.mode else { return Ok(()) };
+        while timeout(limit, self.passed.notified()).await.is_ok() {}
+        self.shared.cut.fetch_add(1, Ordering::Relaxed);
+        Err(io::ErrorKind::TimedOut.into())
     }
 
     /// Passes bytes on until the end, which is passed on too.
@@ -152,7 +177,12 @@ impl Connection {
         let mut block = vec![0; 16 * 1024];
         let mut mode = self.shared.mode.subscribe();
         loop {
-            let count = from.read(&mut block).await?;
+            let rate = match *mode.borrow() {
+                Mode::Slow(rate) => Some(rate),
+                Mode::Cut(_) | Mode::Forward | Mode::Idle(_) | Mode::Refuse | Mode::Stall => None,
+            };
+            let most = rate.map_or(block.len(), |rate| (rate / SLICES) as usize + 1);
+            let count = from.read(&mut block[..most]).await?;
             if count == 0 {
                 return to.shutdown().await;
             }
@@ -167,6 +197,10 @@ impl Connection {
             let passed = left.min(count as u64);
             self.left.fetch_sub(passed, Ordering::Relaxed);
             to.write_all(&block[..passed as usize]).await?;
+            self.passed.notify_one();
+            if let Some(rate) = rate {
+                sleep(Duration::from_secs_f64(passed as f64 / rate as f64)).await; // what the way itself takes
+            }
             if passed == left {
                 self.shared.cut.fetch_add(1, Ordering::Relaxed);
                 return Err(io::ErrorKind::ConnectionAborted.into());
