@@ -5,7 +5,7 @@ use std::{process::Stdio, sync::Arc};
 use phonehome_server::{BuildLog, Config, Durability, Expected, ExpectedBuild, LogItem, Outcome, Server};
 use tokio::{sync::Semaphore, task::JoinSet};
 
-use crate::harness::{self, Hook, Process, Random, Scene, Stored, patiently};
+use crate::harness::{self, Hook, Process, Random, Scene, Stored, patiently, skipped};
 
 #[tokio::test]
 async fn every_byte_arrives_on_the_stream_it_was_written_to() {
@@ -87,6 +87,18 @@ async fn what_is_stored_has_the_counts_and_the_digest_of_what_was_sent() {
 /// The case in which everybody else loses output: there is little of it and nobody is left to ask.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn two_hundred_builds_that_end_at_once_are_all_complete() {
+    builds_that_end_at_once(200).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_thousand_builds_that_end_at_once_are_all_complete() {
+    if std::env::var_os("PHONEHOME_SWEEP").is_none_or(|wanted| wanted != "full") {
+        return skipped("two hundred do it; PHONEHOME_SWEEP=full runs it");
+    }
+    builds_that_end_at_once(1000).await;
+}
+
+async fn builds_that_end_at_once(count: usize) {
     let scene = Scene::new();
     let config = Config {
         listen: "127.0.0.1:0".parse().unwrap(),
@@ -98,7 +110,7 @@ async fn two_hundred_builds_that_end_at_once_are_all_complete() {
     let url = server.url("127.0.0.1", server.local_addr().port());
     let at_a_time = Arc::new(Semaphore::new(8));
     let mut builds = JoinSet::new();
-    for number in 0..200 {
+    for number in 0..count {
         let build = server.expect(Expected::new(format!("build-{number}").parse().unwrap())).unwrap();
         let mut agent = scene.command(harness::agent());
         agent
@@ -119,7 +131,7 @@ async fn two_hundred_builds_that_end_at_once_are_all_complete() {
         stored.unwrap().assert_complete();
         complete += 1;
     }
-    assert_eq!(complete, 200);
+    assert_eq!(complete, count);
 }
 
 /// The output of build `number`: 0 to 5 bytes without a newline.
