@@ -45,7 +45,7 @@ where
     }
 }
 
-const AT_A_TIME: usize = 8;
+const AT_A_TIME: usize = 16;
 
 /// How long the agents of these tests stay for their server: longer than any test.
 const LINGER: [&str; 2] = ["--linger", "5m"];
