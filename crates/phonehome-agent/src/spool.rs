@@ -365,7 +365,7 @@ impl Spool {
             && self.outbox.look(Sender::spilled) == Some(first)
             && self.outbox.lose(next);
         if is_final {
-            warn!(records = next - first, "the spool is damaged, output is lost: {error}");
+            warn!(first, next = self.outbox.look(Sender::oldest), "the spool is damaged, records are lost: {error}");
         }
         self.unreadable = Some((first, Instant::now() + RETRY));
     }

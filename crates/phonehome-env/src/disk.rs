@@ -248,7 +248,8 @@ pub struct RealDisk;
 impl Disk for RealDisk {
     fn open(&self, path: &Path, how: Open) -> io::Result<Box<dyn File>> {
         let mut options = OpenOptions::new();
-        options.read(true).custom_flags(OFlags::NOFOLLOW.bits().cast_signed());
+        // Neither a link nor a pipe that waits for its other end: only files are opened.
+        options.read(true).custom_flags((OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed());
         match how {
             Open::Read => {}
             Open::Write => {
@@ -260,7 +261,11 @@ impl Disk for RealDisk {
                 options.write(true).create_new(true).mode(0o600);
             }
         }
-        Ok(Box::new(RealFile { file: options.open(path)?, name: fault::Name::of(path) }))
+        let file = options.open(path)?;
+        if !file.metadata()?.is_file() {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not a regular file"));
+        }
+        Ok(Box::new(RealFile { file, name: fault::Name::of(path) }))
     }
 
     fn create_dirs(&self, path: &Path) -> io::Result<()> {

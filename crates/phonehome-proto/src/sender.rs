@@ -41,6 +41,8 @@ pub struct Sender {
     window: u64,
     /// The most in flight, whatever the server grants.
     own_window: u64,
+    /// Payload that small records are gathered to, bytes.
+    gather: usize,
     finished: Option<Finished>,
     /// Whether an earlier life left this: the server may have more of it than is known here.
     is_recovered: bool,
@@ -112,6 +114,7 @@ impl Default for Sender {
             in_flight: 0,
             window: WINDOW,
             own_window: u64::MAX,
+            gather: GATHER,
             finished: None,
             is_recovered: false,
             phase: Phase::Offline,
@@ -158,6 +161,12 @@ impl Sender {
     /// memory.
     pub fn limit_window(&mut self, cost: u64) {
         self.own_window = cost;
+    }
+
+    /// Gathers small records into messages of this much payload, bytes, and no more than [`GATHER`]: on a link that breaks
+    /// before a larger one is through.
+    pub fn gather(&mut self, payload: usize) {
+        self.gather = payload.min(GATHER);
     }
 
     /// The lowest sequence number held.
@@ -426,7 +435,7 @@ impl Sender {
         let mut count = 0;
         for Sealed { record, .. } in self.held.range(start..).take(MAX_RECORDS) {
             let fits_window = self.in_flight == 0 || self.in_flight + record.cost() <= self.window.min(self.own_window);
-            let fits_message = count == 0 || payload + record.payload.len() <= GATHER;
+            let fits_message = count == 0 || payload + record.payload.len() <= self.gather;
             if !(fits_window && fits_message) {
                 break;
             }
@@ -657,6 +666,16 @@ mod tests {
                 assert!(wire(outgoing).len() <= MAX_MESSAGE);
             }
         }
+    }
+
+    #[test]
+    fn what_is_gathered_can_be_made_smaller() {
+        let mut sender = streaming(8, 0);
+        sender.gather(25);
+        let Some(Outgoing::Frame(AgentFrame::Records(records))) = sender.poll_transmit() else { panic!("no batch") };
+        assert_eq!(records.len(), 2);
+        sender.gather(0);
+        assert!(matches!(sender.poll_transmit(), Some(Outgoing::Message(_))), "one at a time at least");
     }
 
     #[test]

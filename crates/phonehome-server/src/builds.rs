@@ -110,6 +110,13 @@ struct Inner {
 }
 
 impl Inner {
+    /// When a clock runs out: the build's own, or that of a storage which does not work.
+    fn poll_timeout(&self) -> Option<Instant> {
+        let patience = self.life.lost_limit().filter(|_| self.life.is_running());
+        let storage = self.storage_failing.zip(patience).map(|(since, patience)| since + patience);
+        self.life.poll_timeout().into_iter().chain(storage).min()
+    }
+
     fn new(life: Life) -> Self {
         let (connections, producers, rewound) = (BTreeMap::new(), BTreeSet::new(), BTreeSet::new());
         Self { life, attempts: Vec::new(), producers, connections, rewound, storage_failing: None }
@@ -254,6 +261,9 @@ impl Build {
             opened.receiver.note_rewound();
         }
         inner.life.handle_connected(step, files.attempt, Instant::now());
+        if !opened.progress.borrow().full {
+            inner.storage_failing = None; // the attempt could be opened
+        }
         drop(inner);
         self.touch();
         Seat { opened, superseded, cancel: self.cancel.subscribe() }
@@ -282,12 +292,9 @@ impl Build {
             return;
         }
         let now = Instant::now();
-        let since = *inner.storage_failing.get_or_insert(now);
-        let patience = inner.life.lost_limit();
+        inner.storage_failing.get_or_insert(now);
         drop(inner);
-        if patience.is_some_and(|patience| now.duration_since(since) >= patience) {
-            self.fail(NOT_STORED);
-        }
+        self.touch(); // the clock sees to it
     }
 
     /// New output has arrived.
@@ -355,7 +362,7 @@ impl Build {
             if let Some(verdict) = self.lock().verdict() {
                 return verdict;
             }
-            let deadline = self.lock().life.poll_timeout();
+            let deadline = self.lock().poll_timeout();
             tokio::select! {
                 biased; // what has changed may have moved the deadline
                 () = self.touched.notified() => {}
@@ -411,6 +418,9 @@ impl Build {
         self.take_ends();
         if self.lock().storage_failing.is_some() {
             self.fail(NOT_STORED);
+            if !self.lock().life.has_agents() {
+                self.act(|life| life.handle_cancel(NOT_STORED.into(), Instant::now())); // nobody is there to be stopped
+            }
         }
         self.act(|life| life.handle_timeout(Instant::now()));
     }
@@ -855,8 +865,7 @@ mod tests {
         sleep(Duration::from_secs(119)).await;
         scene.build.handle_storage(false);
         assert!(!scene.build.is_cancelled(), "it is counted anew");
-        sleep(Duration::from_secs(1)).await;
-        scene.build.handle_storage(false);
+        sleep(Duration::from_secs(2)).await;
         let cancel = scene.build.cancel.borrow().clone().expect("the build is stopped");
         assert!(cancel.reason.contains("cannot be stored"), "{}", cancel.reason);
     }

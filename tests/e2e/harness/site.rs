@@ -229,8 +229,8 @@ fn records_of(dir: &Path, log: usize) -> u64 {
 fn own_address() -> SocketAddr {
     static NUMBER: AtomicU32 = AtomicU32::new(0);
     let [_, _, high, low] = std::process::id().to_be_bytes();
-    let number = NUMBER.fetch_add(1, Ordering::Relaxed) % 250;
-    SocketAddr::from(([127, 1 + number as u8, high, low], 4443))
+    let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+    SocketAddr::from(([127, 1 + (number % 250) as u8, high, low], 4443 + (number / 250) as u16))
 }
 
 /// Lines with their numbers and digests, and scripts that write them: every line can be told from every other.

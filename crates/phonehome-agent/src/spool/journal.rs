@@ -131,11 +131,10 @@ impl Journal {
         let mut journal = Self::new(disk, dir.to_owned(), segment_size, lock);
         let is_damaged = journal.find_segments(&names)?;
         let finished = journal.find_end()?;
-        let (first, next) = match (journal.segments.front(), journal.segments.back(), &finished) {
-            (Some(front), Some(back), _) => (front.first, back.next),
-            (None, _, Some(finished)) | (_, None, Some(finished)) => (finished.next, finished.next),
-            (None, _, None) | (_, None, None) => (0, 0),
-        };
+        // What is missing between files, or before the end, was acknowledged, or is damaged: the server knows which.
+        let end = finished.as_ref().map_or(0, |finished| finished.next);
+        let next = journal.segments.back().map_or(end, |segment| segment.next.max(end));
+        let first = journal.segments.front().map_or(next, |segment| segment.first);
         Ok(Some(Found { finished, first, next, is_damaged, journal }))
     }
 
@@ -157,9 +156,6 @@ impl Journal {
             let path = self.dir.join(name);
             let file = self.disk.open(&path, Open::Read)?;
             let (next, bytes) = measure(&*file, first)?;
-            if self.segments.back().is_none_or(|last| last.next != first) {
-                self.segments.clear();
-            }
             if next > first {
                 self.segments.push_back(Segment { path, first, next, bytes });
             } else {
@@ -262,7 +258,8 @@ impl Journal {
 
     /// One more than the last record of the file that holds `seq`: how far a damaged file reaches.
     pub(super) fn end_of_segment(&self, seq: u64) -> u64 {
-        self.segments.iter().map(|segment| segment.next).find(|next| *next > seq).unwrap_or(seq + 1)
+        let ends = self.segments.iter().map(|segment| if segment.first > seq { segment.first } else { segment.next });
+        ends.into_iter().find(|end| *end > seq).unwrap_or(u64::MAX)
     }
 
     /// Whether [`Self::forget`] would remove anything.
@@ -281,6 +278,11 @@ impl Journal {
         if self.segments.is_empty() {
             self.last = None;
         }
+    }
+
+    /// How many records there are.
+    pub(super) fn records(&self) -> u64 {
+        self.segments.iter().map(|segment| segment.next - segment.first).sum()
     }
 
     /// Removes everything.
@@ -490,8 +492,11 @@ mod tests {
             if whole == 0 {
                 assert_eq!((first, next), (3, 3), "the end is all there is");
             } else {
-                assert_eq!((first, next, read(&mut journal, 0..whole)), (0, whole, seqs(0..whole)), "{len}");
-                assert!(end.unwrap().next > next, "so it does not hold");
+                assert_eq!((first, next, read(&mut journal, 0..whole)), (0, 3, seqs(0..whole)), "{len}");
+                assert!(
+                    journal.read(whole, 1).is_err() && end == Some(finished(3)),
+                    "the end says how many there were"
+                );
             }
         }
     }
@@ -513,8 +518,9 @@ mod tests {
                 let Found { finished: end, first, next, is_damaged, mut journal } = take_up(&dir).unwrap().unwrap();
                 assert_eq!(is_damaged, name.ends_with(SUFFIX) && next == first, "{name} {at}");
                 assert!(end.is_none_or(|end| name != FINISHED && end == finished(3)), "{name} {at}");
-                assert!(next == 3 || name.ends_with(SUFFIX) && next < 3, "{name} {at}");
-                let (found, expected) = (all(&mut journal, first..next), records(first..next));
+                assert_eq!(next, 3, "{name} {at}");
+                let whole = first..first + journal.records();
+                let (found, expected) = (all(&mut journal, whole.clone()), records(whole));
                 assert!(found.iter().eq(expected.iter().map(|sealed| &sealed.record)), "{name} {at}");
             }
             fs::write(&file, &whole).unwrap();
@@ -538,15 +544,19 @@ mod tests {
     }
 
     #[test]
-    fn of_files_with_a_gap_between_them_the_newest_count() {
+    fn a_gap_between_files_costs_what_is_missing_and_no_more() {
         let dir = tempfile::tempdir().unwrap();
         let mut journal = create(&dir);
         for range in [0..4, 4..8, 9..12, 12..13] {
             journal.append(&records(range)).unwrap();
         }
         drop(journal);
-        let found = take_up(&dir).unwrap().unwrap();
-        assert_eq!((found.first, found.next, found.finished), (9, 13, None));
+        let mut found = take_up(&dir).unwrap().unwrap();
+        assert_eq!((found.first, found.next, found.finished, found.journal.records()), (0, 13, None, 12));
+        assert_eq!(read(&mut found.journal, 0..8), seqs(0..8));
+        assert!(found.journal.read(8, 1).is_err());
+        assert_eq!((found.journal.end_of_segment(8), found.journal.end_of_segment(13)), (9, u64::MAX));
+        assert_eq!(read(&mut found.journal, 9..13), seqs(9..13));
         found.journal.remove().unwrap();
         assert!(!path(&dir).exists(), "the others are removed with them");
     }

@@ -130,13 +130,12 @@ impl Place {
                 drop(self.env.blocking(move || journal.remove()).await); // the next agent tries again
                 continue;
             }
-            // An end that counts more was written when the rest was acknowledged, or was damaged with it.
-            let is_whole = finished.as_ref().is_some_and(|finished| finished.next == next);
-            info!(records = next - first, "an earlier agent left records; they are delivered first");
+            let is_whole = finished.is_some();
+            info!(records = journal.records(), "an earlier agent left records; they are delivered first");
             self.usage.change(0, journal.bytes());
             left.push(Left {
                 producer,
-                records: next - first,
+                records: journal.records(),
                 finished: is_whole,
                 env: self.env.clone(),
                 sender: Sender::recover(first, next, finished),

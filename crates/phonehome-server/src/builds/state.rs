@@ -280,6 +280,16 @@ impl Life {
         self.steps.contains_key(step)
     }
 
+    /// Whether nothing has stopped or ended it.
+    pub(crate) fn is_running(&self) -> bool {
+        matches!(self.phase, Phase::Running)
+    }
+
+    /// Whether an agent is connected.
+    pub(crate) fn has_agents(&self) -> bool {
+        self.steps.values().any(|step| matches!(step, Step::Connected))
+    }
+
     /// How long a vanished agent is waited for.
     pub(crate) fn lost_limit(&self) -> Option<Duration> {
         self.clocks.lost
@@ -430,7 +440,7 @@ impl Life {
 
     /// When which clock runs out, as things are.
     fn clocks(&self) -> Vec<(Instant, Outcome)> {
-        let connected = self.steps.values().any(|step| matches!(step, Step::Connected));
+        let connected = self.has_agents();
         let away = |step: &Step| if let Step::Away { since } = step { Some(*since) } else { None };
         let lost = self.steps.iter().filter_map(|(step, state)| Some((away(state)? + self.clocks.lost?, step)));
         let mut clocks: Vec<_> = lost.map(|(at, step)| (at, Outcome::Lost { step: step.clone() })).collect();
