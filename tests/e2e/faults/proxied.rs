@@ -13,7 +13,7 @@ use crate::{
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_proxy_that_cuts_every_connection_loses_nothing() {
     let scene = Scene::new(Mode::Cut(500..20_000)).await;
-    let cuts = long_or(12, 200);
+    let cuts = long_or(12, 60);
     eventually("connections are cut", || scene.proxy.cut() >= cuts).await;
     scene.proxy.set(Mode::Forward);
     scene.ends_whole().await;
