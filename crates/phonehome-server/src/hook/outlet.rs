@@ -10,10 +10,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use rustix::{
-    event::{PollFd, PollFlags, poll},
-    io::Errno,
-};
+use phonehome_env::descriptor::write_all;
 use tokio::{
     sync::{mpsc, oneshot},
     time::timeout,
@@ -101,20 +98,6 @@ async fn watch<T>(written: &AtomicU64, work: impl Future<Output = T>) -> Result<
             Err(_) => {}
         }
     }
-}
-
-fn write_all(stream: BorrowedFd<'_>, mut block: &[u8]) -> io::Result<()> {
-    while !block.is_empty() {
-        match rustix::io::write(stream, block) {
-            Ok(count) => block = &block[count..],
-            Err(Errno::INTR) => {}
-            Err(Errno::AGAIN) => {
-                poll(&mut [PollFd::from_borrowed_fd(stream, PollFlags::OUT)], None)?;
-            }
-            Err(errno) => return Err(errno.into()),
-        }
-    }
-    Ok(())
 }
 
 /// Whether a stream is a pipe or a socket: what lies between a hook and git.
