@@ -24,7 +24,7 @@ use tokio::{
     time::{Instant, sleep, sleep_until, timeout},
 };
 use tokio_util::sync::CancellationToken;
-use tracing::{error, info, warn};
+use tracing::{debug, error, info, warn};
 
 use self::state::{Action, Life, Stored};
 pub use self::{
@@ -220,8 +220,11 @@ impl Build {
             Err(OpenError::Refused(code, reason)) => return refuse(code, reason.into()),
             Err(OpenError::Contradiction(violation)) => return refuse(violation.close_code(), violation.to_string()),
             Err(OpenError::Storage(cause)) => {
-                if !is_full(&cause) {
-                    error!(build = %self.id, "cannot open an attempt: {cause}"); // the store says so when it is full
+                let is_known = self.lock().storage_failing.is_some();
+                if is_known || is_full(&cause) {
+                    debug!(build = %self.id, "cannot open an attempt: {cause}"); // the store says so when it is full
+                } else {
+                    error!(build = %self.id, "cannot open an attempt: {cause}");
                 }
                 self.handle_storage(false);
                 return refuse(CloseCode::StorageUnavailable, "storage is not available".into());
