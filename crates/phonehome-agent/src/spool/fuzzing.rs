@@ -24,7 +24,8 @@ pub fn write(
     pieces: &[Vec<Sealed>],
     finished: Option<&Finished>,
 ) -> io::Result<()> {
-    let mut journal = Journal::create(disk, dir.to_owned(), hello, segment_size)?;
+    let above: Vec<_> = dir.parent().map(Path::to_owned).into_iter().collect();
+    let mut journal = Journal::create(disk, &above, dir.to_owned(), hello, segment_size)?;
     pieces.iter().try_for_each(|records| journal.append(records))?;
     finished.map_or(Ok(()), |finished| journal.finish(finished))
 }
@@ -41,12 +42,6 @@ impl Left {
     /// When the disk does not give it back.
     pub fn take_up(disk: Arc<dyn Disk>, dir: &Path, segment_size: u64) -> io::Result<Option<Self>> {
         Ok(Journal::take_up(disk, dir, segment_size)?.map(Self))
-    }
-
-    /// Whose it is.
-    #[must_use]
-    pub fn hello(&self) -> &Hello {
-        &self.0.hello
     }
 
     /// Its end, if it has one.
@@ -74,6 +69,12 @@ impl Left {
     /// When the next is not there as it was written.
     pub fn read(&mut self, first: u64, most: u64) -> io::Result<Vec<Sealed>> {
         self.0.journal.read(first, most)
+    }
+
+    /// Where reading goes on behind a record that cannot be read.
+    #[must_use]
+    pub fn resumes_at(&self, seq: u64) -> u64 {
+        self.0.journal.end_of_segment(seq)
     }
 
     /// Everything below is delivered.

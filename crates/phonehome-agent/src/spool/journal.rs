@@ -134,6 +134,7 @@ impl Journal {
         // What is missing between files, or before the end, was acknowledged, or is damaged: the server knows which.
         let end = finished.as_ref().map_or(0, |finished| finished.next);
         let next = journal.segments.back().map_or(end, |segment| segment.next.max(end));
+        let finished = finished.filter(|finished| finished.next == next);
         let first = journal.segments.front().map_or(next, |segment| segment.first);
         Ok(Some(Found { finished, first, next, is_damaged, journal }))
     }
@@ -162,6 +163,7 @@ impl Journal {
                 is_damaged |= !file.is_empty()?;
             }
         }
+        self.segments.make_contiguous().sort_by_key(|segment| segment.first);
         Ok(is_damaged)
     }
 
