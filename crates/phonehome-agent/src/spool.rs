@@ -360,7 +360,7 @@ impl Spool {
 
     /// What cannot be read, and not a while later either, is lost. The server is told so once it has everything before.
     fn handle_loss(&mut self, first: u64, error: &io::Error) {
-        let next = self.journal.as_ref().map_or(first + 1, |journal| journal.end_of_segment(first));
+        let next = self.journal.as_ref().map_or(first + 1, |journal| journal.resumes_at(first));
         let is_final = self.unreadable.is_some_and(|(seq, _)| seq == first)
             && self.outbox.look(Sender::spilled) == Some(first)
             && self.outbox.lose(next);

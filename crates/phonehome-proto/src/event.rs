@@ -30,7 +30,7 @@ pub struct Gap {
 pub struct TookOver {
     /// Records that the server had not confirmed.
     pub records: u64,
-    /// Whether its command had ended, so that nothing is missing. Otherwise its last output may be.
+    /// Whether its end was among what it left. Otherwise its last output may be missing, and nobody knows how much.
     pub finished: bool,
 }
 

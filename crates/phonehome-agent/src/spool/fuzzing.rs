@@ -74,7 +74,7 @@ impl Left {
     /// Where reading goes on behind a record that cannot be read.
     #[must_use]
     pub fn resumes_at(&self, seq: u64) -> u64 {
-        self.0.journal.end_of_segment(seq)
+        self.0.journal.resumes_at(seq)
     }
 
     /// Everything below is delivered.

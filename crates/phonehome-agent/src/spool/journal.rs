@@ -66,7 +66,7 @@ struct Cursor {
 #[derive(Debug)]
 pub(crate) struct Found {
     pub(super) finished: Option<Finished>,
-    /// The records that follow each other up to the last.
+    /// The first record that is there, and one more than the last that there was. Some between them may be missing.
     pub(super) first: u64,
     pub(super) next: u64,
     /// Whether there is a file of records that does not even begin with one.
@@ -148,8 +148,8 @@ impl Journal {
         Ok(if let Some(AgentFrame::Finished(finished)) = frame { Some(finished) } else { None })
     }
 
-    /// Finds the newest files whose records follow each other. What lies before a gap was acknowledged: only that is ever
-    /// left out. Says whether one of them is of no use at all.
+    /// Finds the files of records, in their order, each as far as its records follow each other. Says whether one of them is
+    /// of no use at all.
     fn find_segments(&mut self, names: &[OsString]) -> io::Result<bool> {
         let mut is_damaged = false;
         for name in names {
@@ -258,8 +258,8 @@ impl Journal {
         if records.is_empty() { Err(damaged()) } else { Ok(records) }
     }
 
-    /// One more than the last record of the file that holds `seq`: how far a damaged file reaches.
-    pub(super) fn end_of_segment(&self, seq: u64) -> u64 {
+    /// Where reading goes on when `seq` cannot be read: at the next file. Behind the last one there is nothing.
+    pub(super) fn resumes_at(&self, seq: u64) -> u64 {
         let ends = self.segments.iter().map(|segment| if segment.first > seq { segment.first } else { segment.next });
         ends.into_iter().find(|end| *end > seq).unwrap_or(u64::MAX)
     }
@@ -541,7 +541,7 @@ mod tests {
         fs::write(path(&dir).join(first), bytes).unwrap();
         assert_eq!(read(&mut journal, 0..4), seqs(0..4), "what comes before is good");
         assert_eq!(journal.read(4, 1).unwrap_err().kind(), io::ErrorKind::InvalidData);
-        assert_eq!(journal.end_of_segment(4), 10);
+        assert_eq!(journal.resumes_at(4), 10);
         assert_eq!(read(&mut journal, 10..30), seqs(10..30));
     }
 
@@ -557,7 +557,7 @@ mod tests {
         assert_eq!((found.first, found.next, found.finished, found.journal.records()), (0, 13, None, 12));
         assert_eq!(read(&mut found.journal, 0..8), seqs(0..8));
         assert!(found.journal.read(8, 1).is_err());
-        assert_eq!((found.journal.end_of_segment(8), found.journal.end_of_segment(13)), (9, u64::MAX));
+        assert_eq!((found.journal.resumes_at(8), found.journal.resumes_at(13)), (9, u64::MAX));
         assert_eq!(read(&mut found.journal, 9..13), seqs(9..13));
         found.journal.remove().unwrap();
         assert!(!path(&dir).exists(), "the others are removed with them");
