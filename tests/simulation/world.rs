@@ -526,7 +526,7 @@ async fn live(life: u64, env: Env, spool: SpoolConfig, script: Script, linger: D
         recorder.record(stream, block);
     }
     source.borrow_mut().ended = Some(script.code);
-    recorder.finish(End::Exited(script.code));
+    recorder.finish(End::Exited(script.code), None);
     drop(timeout(linger, line.delivered()).await); // the delivery says how it went
     let delivery = line.close().await;
     note(&format!("agent {life} ends: {delivery:?}"));

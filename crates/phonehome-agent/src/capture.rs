@@ -117,7 +117,7 @@ impl Capture {
                     return Some(first);
                 }
                 () = readable(pipe(pipes, second)) => return Some(second),
-                () = recorder.drained() => {}
+                () = recorder.attend() => {}
                 () = waived(waivers, |waivers| waivers.writers), if !writers_waived => {}
             }
         }
@@ -308,7 +308,7 @@ mod tests {
         assert!(tokio::time::timeout(Duration::from_millis(50), &mut capture).await.is_err());
         waive.send_modify(|waivers| waivers.room = true);
         let captured = tokio::time::timeout(PATIENCE, capture).await.unwrap().unwrap();
-        captured.recorder.finish(End::Exited(0));
+        captured.recorder.finish(End::Exited(0), None);
         assert_eq!(outbox.look(|sender| sender.finished().unwrap().counts.stdout.bytes), 4);
     }
 

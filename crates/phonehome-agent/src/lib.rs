@@ -8,6 +8,7 @@ mod command;
 pub mod config;
 pub mod console;
 pub mod failure;
+mod herald;
 pub mod line;
 pub mod log;
 mod outbox;

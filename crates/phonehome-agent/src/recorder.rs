@@ -13,14 +13,16 @@ use phonehome_env::Env;
 use phonehome_proto::{
     codec::binary::{HEADROOM, seal},
     event::{Event, Gap, TookOver},
-    frame::{End, Finished, Stream, UnixMicros},
+    frame::{End, Finished, Stream, UnixMicros, Usage},
     limits::RECORD_COST,
     tally::Tally,
 };
+use tokio::sync::mpsc;
 use tracing::warn;
 
 use crate::{
     config::{OnOffline, Overflow},
+    herald::{Herald, News},
     outbox::Outbox,
 };
 
@@ -32,6 +34,8 @@ pub struct Recorder {
     tally: Tally,
     policy: Policy,
     ring: Ring,
+    herald: Herald,
+    news: mpsc::Receiver<News>,
     out_of_time: bool,
     /// Why output was dropped last.
     cause: Cause,
@@ -79,7 +83,14 @@ struct Ring {
 impl Recorder {
     pub(crate) fn new(env: Env, outbox: Arc<Outbox>, policy: Policy) -> Self {
         let (tally, ring) = (Tally::default(), Ring::default());
-        Self { env, outbox, tally, policy, ring, out_of_time: false, cause: Cause::SpoolFull, warned: false }
+        let (herald, news) = Herald::new(env.nature.clone());
+        let (cause, warned, out_of_time) = (Cause::SpoolFull, false, false);
+        Self { env, outbox, tally, policy, ring, herald, news, out_of_time, cause, warned }
+    }
+
+    /// The way to have facts recorded from anywhere.
+    pub(crate) fn herald(&self) -> Herald {
+        self.herald.clone()
     }
 
     /// Waits until a block can be taken, if need be at the cost of an older one. Cancel safe.
@@ -96,13 +107,14 @@ impl Recorder {
         self.drain();
     }
 
-    /// Waits until output that had no room could be recorded; for ever when there is none. Cancel safe.
-    pub(crate) async fn drained(&mut self) {
-        if self.ring.is_empty() {
-            std::future::pending::<()>().await;
+    /// Records a fact that was told, or output that had no room before: waits for one or the other. Cancel safe.
+    pub(crate) async fn attend(&mut self) {
+        let is_idle = self.ring.is_empty();
+        tokio::select! {
+            biased; // what happened first is recorded first
+            () = self.outbox.room(), if !is_idle => self.drain(),
+            Some(news) = self.news.recv() => self.event(news.time, &news.event),
         }
-        self.outbox.room().await;
-        self.drain();
     }
 
     /// Waits no longer, whatever that costs: time is up.
@@ -144,14 +156,12 @@ impl Recorder {
         payload
     }
 
-    /// Records a fact about the build.
-    pub(crate) fn event(&mut self, event: &Event) {
-        let payload = event.payload();
-        self.push(Stream::Event, self.env.nature.now(), with_headroom(&payload));
+    fn event(&mut self, time: UnixMicros, event: &Event) {
+        self.push(Stream::Event, time, with_headroom(&event.payload()));
     }
 
     pub(crate) fn took_over(&mut self, records: u64, finished: bool) {
-        self.event(&Event::TookOver(TookOver { records, finished }));
+        self.event(self.env.nature.now(), &Event::TookOver(TookOver { records, finished }));
     }
 
     fn push(&mut self, stream: Stream, time: UnixMicros, block: BytesMut) -> Bytes {
@@ -172,7 +182,7 @@ impl Recorder {
     fn record_oldest(&mut self) {
         for (stream, bytes) in self.ring.take_dropped() {
             let cause = self.cause.name().to_owned();
-            self.event(&Event::Gap(Gap { stream, bytes, cause }));
+            self.event(self.env.nature.now(), &Event::Gap(Gap { stream, bytes, cause }));
         }
         if let Some((stream, time, payload)) = self.ring.pop() {
             self.push(stream, time, with_headroom(&payload));
@@ -180,9 +190,12 @@ impl Recorder {
     }
 
     /// Ends the log. What the ring holds is recorded, beyond the limit if need be: it is in memory in any case.
-    pub fn finish(mut self, end: End) {
+    pub fn finish(mut self, end: End, usage: Option<Usage>) {
         while !self.ring.is_empty() {
             self.record_oldest();
+        }
+        while let Ok(news) = self.news.try_recv() {
+            self.event(news.time, &news.event);
         }
         self.outbox.finish(Finished {
             next: self.tally.next(),
@@ -190,7 +203,7 @@ impl Recorder {
             digest: self.tally.digest(),
             end,
             time: self.env.nature.now(),
-            usage: None,
+            usage,
         });
     }
 
@@ -267,7 +280,7 @@ mod tests {
             recorder.record(Stream::Stdout, block(number, MAX_PAYLOAD));
             recorder.record(Stream::Stderr, block(100 + number, 3));
         }
-        recorder.finish(End::Exited(0));
+        recorder.finish(End::Exited(0), None);
         let records = records(&outbox);
         let all: Vec<_> = (0..9u8).flat_map(|at| [(Stream::Stdout, at), (Stream::Stderr, 100 + at)]).collect();
         let shown = |records: &[Record]| -> Vec<_> {
@@ -325,9 +338,9 @@ mod tests {
         let mut recorder = recorder(&outbox, Overflow::Drop, BLOCK);
         (0..3).for_each(|number| drop(recorder.record(Stream::Stdout, block(number, MAX_PAYLOAD))));
         advance(LIMIT).await;
-        assert!(timeout(LIMIT, recorder.drained()).await.is_err());
+        assert!(timeout(LIMIT, recorder.attend()).await.is_err());
         deliver(&outbox);
-        recorder.drained().await;
+        recorder.attend().await;
         let rest: Vec<_> = records(&outbox).iter().map(|record| (record.seq, record.stream)).collect();
         assert_eq!(rest, [(1, Stream::Event), (2, Stream::Stdout)]);
     }

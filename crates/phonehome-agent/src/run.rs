@@ -3,7 +3,10 @@
 use std::{io, sync::Arc, time::Duration};
 
 use phonehome_env::Env;
-use phonehome_proto::frame::{Cancel, CommandState, End};
+use phonehome_proto::{
+    event::{Event, Terminated},
+    frame::{Cancel, CommandState, End},
+};
 use rustix::process::Signal;
 use tokio::{
     sync::{mpsc, watch},
@@ -73,6 +76,7 @@ async fn unobserved(config: &Config, signals: Signals) -> u8 {
 async fn observed(config: Config, home: Home, mut signals: Signals, console: &Console) -> Result<u8, Failure> {
     let (output, pipes) = command::pipes(config.merge)?;
     let (mut line, recorder) = Line::open(&Env::real(), home, &config.spool).await?;
+    let herald = recorder.herald();
     let admission = match config.start {
         Start::Now => Admission::Granted,
         Start::Connected => wait_for_welcome(&mut line, &mut signals).await?,
@@ -103,7 +107,8 @@ async fn observed(config: Config, home: Home, mut signals: Signals, console: &Co
         }
     };
     let code = end.code();
-    captured.recorder.finish(end);
+    herald.tell(Event::Terminated(Terminated { code, ..Terminated::default() }));
+    captured.recorder.finish(end, None);
     stay.leave(config.linger.min(HURRY));
     stay.until(Some(stay.deadline), line.delivered()).await;
     let delivery = line.close().await;

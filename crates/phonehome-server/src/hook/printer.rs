@@ -8,7 +8,7 @@ use std::{
 
 use bytes::Bytes;
 use phonehome_proto::{
-    event::{Event, Gap, TookOver},
+    event::{Event, Fault, Gap, TookOver, Waiting},
     frame::Stream,
     id::StepName,
 };
@@ -192,7 +192,26 @@ impl Printer {
             Some(Event::TookOver(TookOver { finished: false, .. })) => {
                 self.own_line("the attempt before it was cut off, its last output may be missing");
             }
-            Some(Event::TookOver(TookOver { finished: true, .. })) | None => {}
+            Some(Event::Waiting(Waiting { r#for })) if !r#for.is_empty() => {
+                self.own_line(&format!("{step} waits for {}", r#for.join(", ").escape_debug()));
+            }
+            Some(Event::Error(Fault { reason, .. })) => {
+                self.own_line(&format!("{step}: {}", reason.escape_debug()));
+            }
+            // Facts for those who read the log later; the output and the verdict say what a pusher has to know.
+            Some(
+                Event::TookOver(TookOver { finished: true, .. })
+                | Event::Waiting(_)
+                | Event::Born(_)
+                | Event::Ready(_)
+                | Event::Stopping(_)
+                | Event::Cancelled(_)
+                | Event::Leftovers(_)
+                | Event::Terminated(_)
+                | Event::Redaction(_)
+                | Event::Labels(_),
+            )
+            | None => {}
         }
     }
 

@@ -1,0 +1,48 @@
+//! Facts about the build on their way into its log.
+//!
+//! Whatever part of the agent learns something tells it here, with the time at which it happened; the [`Recorder`]
+//! gives it a number as soon as it comes by. Telling never waits.
+//!
+//! [`Recorder`]: crate::recorder::Recorder
+
+use std::sync::Arc;
+
+use phonehome_env::Nature;
+use phonehome_proto::{event::Event, frame::UnixMicros};
+use tokio::sync::mpsc::{self, error::TrySendError};
+use tracing::warn;
+
+/// Tells. Its clones tell the same recorder.
+#[derive(Debug, Clone)]
+pub(crate) struct Herald {
+    nature: Arc<dyn Nature>,
+    news: mpsc::Sender<News>,
+}
+
+/// Something that happened.
+#[derive(Debug)]
+pub(crate) struct News {
+    pub(crate) time: UnixMicros,
+    pub(crate) event: Event,
+}
+
+/// Facts that wait for the recorder at most. They are few: each is a change in the life of one command.
+const QUEUE: usize = 256;
+
+impl Herald {
+    /// A herald, and what it tells.
+    pub(crate) fn new(nature: Arc<dyn Nature>) -> (Self, mpsc::Receiver<News>) {
+        let (news, told) = mpsc::channel(QUEUE);
+        (Self { nature, news }, told)
+    }
+
+    /// Tells what has just happened.
+    pub(crate) fn tell(&self, event: Event) {
+        match self.news.try_send(News { time: self.nature.now(), event }) {
+            Ok(()) | Err(TrySendError::Closed(_)) => {} // closed: the log has ended, or there is none
+            Err(TrySendError::Full(news)) => {
+                warn!(event = ?news.event, "a fact about the build is left out of its log")
+            }
+        }
+    }
+}
