@@ -15,4 +15,5 @@ pub mod id;
 pub mod limits;
 pub mod receiver;
 pub mod sender;
+pub mod signal;
 pub mod tally;
