@@ -9,18 +9,18 @@ use std::{io, os::fd::AsFd, time::Duration};
 use bytes::{BufMut, BytesMut};
 use phonehome_proto::{codec::binary::HEADROOM, frame::Stream, limits::MAX_PAYLOAD};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use tokio::{net::unix::pipe::Receiver, sync::watch, time::Instant};
+use tokio::{sync::watch, time::Instant};
 use tracing::warn;
 
 use crate::{
-    command::{PIPE_SIZE, Pipes},
+    command::{PIPE_SIZE, Source, Sources},
     console::{Copier, STALLED},
     recorder::Recorder,
 };
 
-/// Reads both pipes to their ends.
+/// Reads the command's output to its end.
 pub(crate) struct Capture {
-    pipes: [Option<Receiver>; 2],
+    sources: [Option<Source>; 2],
     recorder: Recorder,
     copier: Option<Copier>,
     /// When output was last seen, for heartbeats.
@@ -63,15 +63,15 @@ const MIN_READ: usize = 4 * 1024;
 
 impl Capture {
     pub(crate) fn new(
-        pipes: Pipes,
+        sources: Sources,
         recorder: Recorder,
         copier: Option<Copier>,
         last_output: watch::Sender<Instant>,
         waivers: watch::Receiver<Waivers>,
     ) -> Self {
-        let pipes = [Some(pipes.stdout), pipes.stderr];
+        let sources = [Some(sources.stdout), sources.stderr];
         Self {
-            pipes,
+            sources,
             recorder,
             copier,
             last_output,
@@ -84,11 +84,8 @@ impl Capture {
     /// Runs until both pipes are at their ends, or until nothing is left that the [`Waivers`] let it wait for.
     pub(crate) async fn run(mut self) -> Captured {
         let mut buffer = BytesMut::new();
-        while self.pipes.iter().any(Option::is_some) {
-            let Some(stream) = self.readable().await else {
-                tell_held_open();
-                break;
-            };
+        while self.sources.iter().any(Option::is_some) {
+            let Some(stream) = self.readable().await else { break };
             self.room().await;
             let Some(full) = self.read(stream, &mut buffer).await else { continue };
             let now = Instant::now();
@@ -108,15 +105,15 @@ impl Capture {
             if writers_waived && !self.holds_bytes() {
                 return None;
             }
-            let Self { pipes, waivers, turns, recorder, .. } = &mut *self;
+            let Self { sources, waivers, turns, recorder, .. } = &mut *self;
             let [first, second] = *turns;
             tokio::select! {
                 biased; // the stream that was not read last goes first: neither can starve the other
-                () = readable(pipe(pipes, first)) => {
+                () = readable(source(sources, first)) => {
                     *turns = [second, first];
                     return Some(first);
                 }
-                () = readable(pipe(pipes, second)) => return Some(second),
+                () = readable(source(sources, second)) => return Some(second),
                 () = recorder.attend() => {}
                 () = waived(waivers, |waivers| waivers.writers), if !writers_waived => {}
             }
@@ -125,8 +122,8 @@ impl Capture {
 
     /// Whether a pipe has something to read at this moment, asked of the system: the runtime may not know yet.
     fn holds_bytes(&self) -> bool {
-        self.pipes.iter().flatten().any(|pipe| {
-            let mut polled = [PollFd::from_borrowed_fd(pipe.as_fd(), PollFlags::IN)];
+        self.sources.iter().flatten().any(|source| {
+            let mut polled = [PollFd::from_borrowed_fd(source.as_fd(), PollFlags::IN)];
             poll(&mut polled, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
         })
     }
@@ -143,27 +140,25 @@ impl Capture {
         }
     }
 
-    /// Reads one block and passes it on. Says whether as much came as there was room for; `None` when nothing came.
+    /// Reads one block and passes it on. Says whether the next read should come at once, because as much came as there was
+    /// room for; `None` when nothing came.
     async fn read(&mut self, stream: Stream, buffer: &mut BytesMut) -> Option<bool> {
         let at = usize::from(stream.number());
         let draining = self.waivers.borrow().writers;
         let room = prepare(buffer).min(if draining { self.rest[at] } else { usize::MAX });
-        match self.pipes[at].as_ref()?.try_read_buf(&mut (&mut *buffer).limit(room)) {
-            Ok(0) => {
-                if room == 0 {
-                    tell_held_open(); // by somebody who never pauses
-                }
-                self.pipes[at] = None;
-            }
+        let source = self.sources[at].as_ref()?;
+        let gathers = source.gathers();
+        match source.try_read(&mut (&mut *buffer).limit(room)) {
+            Ok(0) => self.sources[at] = None,
             Ok(count) => {
                 self.rest[at] -= if draining { count } else { 0 };
                 self.pass_on(stream, buffer.split()).await;
-                return Some(count == room);
+                return Some(count == room || !gathers);
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             Err(error) => {
                 warn!(?stream, "reading the command's output failed: {error}");
-                self.pipes[at] = None;
+                self.sources[at] = None;
             }
         }
         None
@@ -184,18 +179,14 @@ impl Capture {
     }
 }
 
-fn tell_held_open() {
-    warn!("output is still held open by a process outside the command's group; it is read no further");
+fn source(sources: &[Option<Source>; 2], stream: Stream) -> Option<&Source> {
+    sources[usize::from(stream.number())].as_ref()
 }
 
-fn pipe(pipes: &[Option<Receiver>; 2], stream: Stream) -> Option<&Receiver> {
-    pipes[usize::from(stream.number())].as_ref()
-}
-
-/// Never completes without a pipe.
-async fn readable(pipe: Option<&Receiver>) {
-    match pipe {
-        Some(pipe) => drop(pipe.readable().await), // an error shows again in the read that follows
+/// Never completes without a source.
+async fn readable(source: Option<&Source>) {
+    match source {
+        Some(source) => source.readable().await,
         None => std::future::pending().await,
     }
 }
@@ -232,6 +223,8 @@ mod tests {
     use phonehome_env::Env;
     use phonehome_proto::frame::End;
     use tokio::io::AsyncWriteExt;
+
+    use tokio::net::unix::pipe::Receiver;
 
     use super::*;
     use crate::{
@@ -335,6 +328,7 @@ mod tests {
         let policy =
             Policy { overflow: Overflow::Block, offline_limit: None, on_offline: OnOffline::Continue, ring: 1 << 20 };
         let recorder = Recorder::new(Env::real(), outbox.clone(), policy);
-        Capture::new(Pipes { stdout, stderr }, recorder, None, last_output, waivers)
+        let sources = Sources { stdout: Source::Pipe(stdout), stderr: stderr.map(Source::Pipe) };
+        Capture::new(sources, recorder, None, last_output, waivers)
     }
 }

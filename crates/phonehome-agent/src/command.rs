@@ -1,161 +1,295 @@
-//! The build command: started in a process group of its own, signalled as a group, reaped, and its end told.
+//! The build command: started in a process group or on a terminal of its own, signalled as a group, reaped, and its end
+//! told.
 
+mod descendants;
+mod memory;
+mod reaper;
 mod signals;
+mod source;
+mod unix;
 
-use std::{
-    borrow::Cow,
-    ffi::OsString,
-    io,
-    os::{fd::OwnedFd, unix::process::CommandExt},
-    process::Stdio,
+use std::{ffi::OsString, io, os::unix::process::CommandExt, path::Path, time::Duration};
+
+use phonehome_proto::{
+    event::Process,
+    frame::{End, Usage},
+    limits::MAX_TEXT,
 };
-
-use phonehome_proto::{frame::End, limits::MAX_TEXT};
 use rustix::{
-    pipe::{PipeFlags, fcntl_setpipe_size, pipe_with},
-    process::{
-        DumpableBehavior, Pid, Signal, WaitOptions, WaitStatus, getpgrp, getpid, kill_process_group,
-        test_kill_process_group,
-    },
+    fs::fchown,
+    process::{DumpableBehavior, Pid, Signal, WaitId, WaitIdOptions, WaitStatus, getpgrp, getpid, waitid},
     termios::{tcgetpgrp, tcsetpgrp},
 };
-use tokio::net::unix::pipe::Receiver;
+use tokio::{sync::watch, time::Instant};
 use tracing::{debug, warn};
 
-pub(crate) use signals::{Caught, Signals};
+pub use self::signals::Blocked;
+pub(crate) use self::{
+    reaper::Reaper,
+    signals::{Caught, Signals},
+    source::{Held, Output, PIPE_SIZE, Source, Sources},
+};
+use crate::{
+    cause::shortened,
+    config::{Secret, Supervision, User},
+    failure::{EXIT_NOT_EXECUTABLE, EXIT_NOT_FOUND},
+};
+use memory::OomKills;
 
-use crate::failure::{EXIT_NOT_EXECUTABLE, EXIT_NOT_FOUND};
-
-/// A running command.
+/// A command that was started.
 #[derive(Debug)]
 pub(crate) struct Command {
     /// The child, which leads the process group of the same number.
     leader: Pid,
+    status: watch::Receiver<Option<WaitStatus>>,
     end: Option<End>,
+    started: Instant,
+    ended: Option<Instant>,
+    memory: OomKills,
+    /// Whether it was given the terminal of this process.
+    has_terminal: bool,
+    /// Whether its group is one of a session of its own.
+    leads_session: bool,
 }
 
-/// Where the command writes to.
-#[derive(Debug)]
-pub(crate) enum Output {
-    /// The agent's own standard streams, untouched.
-    Inherited,
-    /// Pipes of the agent.
-    Piped(Stdio, Stdio),
+/// Takes the token out of this process's environment, where its children and, in `/proc/PID/environ`, others could read
+/// it. The first thing that a process does, before any thread is started. An empty variable is not set.
+#[must_use]
+pub fn take_token() -> Option<Secret> {
+    let value = unix::take_variable(c"PHONEHOME_TOKEN").filter(|value| !value.is_empty())?;
+    Some(Secret::new(String::from_utf8_lossy(&value).into_owned()))
 }
 
-/// The reading ends of a command's pipes.
-#[derive(Debug)]
-pub(crate) struct Pipes {
-    pub(crate) stdout: Receiver,
-    /// None when both streams share one pipe.
-    pub(crate) stderr: Option<Receiver>,
-}
-
-/// Variables that carry secrets: the command does not inherit them.
-const SECRET_VARIABLES: [&str; 1] = ["PHONEHOME_TOKEN"];
-
-/// Capacity asked for a pipe, bytes: the most an unprivileged process gets (pipe(7), `/proc/sys/fs/pipe-max-size`).
-pub(crate) const PIPE_SIZE: usize = 1024 * 1024;
-
-/// Makes the pipes before the command exists, so that not even its first byte can be missed.
-pub(crate) fn pipes(merge: bool) -> io::Result<(Output, Pipes)> {
-    let (stdout, stdout_end) = pipe()?;
-    if merge {
-        let output = Output::Piped(stdout_end.try_clone()?.into(), stdout_end.into());
-        return Ok((output, Pipes { stdout, stderr: None }));
+/// Makes this process fit to supervise.
+///
+/// Nobody of the same user may read its memory, where the token is (prctl(2), `PR_SET_DUMPABLE`); orphans of the command
+/// become its children to reap (`PR_SET_CHILD_SUBREAPER`); and no descriptor that it was started with goes on to the
+/// command.
+pub(crate) fn prepare_process(config: &Supervision) {
+    let told = |what: &str, result: rustix::io::Result<()>| {
+        if let Err(errno) = result {
+            warn!("{what}: {errno}");
+        }
+    };
+    unix::close_on_exec();
+    told(
+        "the agent's memory stays readable to processes of its user",
+        rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable),
+    );
+    if getpid() != Pid::INIT {
+        told(
+            "orphaned processes of the command will not be reaped",
+            rustix::process::set_child_subreaper(Some(getpid())),
+        );
     }
-    let (stderr, stderr_end) = pipe()?;
-    Ok((Output::Piped(stdout_end.into(), stderr_end.into()), Pipes { stdout, stderr: Some(stderr) }))
-}
-
-fn pipe() -> io::Result<(Receiver, OwnedFd)> {
-    let (reader, writer) = pipe_with(PipeFlags::CLOEXEC)?;
-    if let Err(errno) = fcntl_setpipe_size(&reader, PIPE_SIZE) {
-        debug!("the pipe keeps its default size: {errno}");
+    if let Some(signal) = config.parent_death_signal.and_then(unix::signal) {
+        told("the death of the parent goes unnoticed", rustix::process::set_parent_process_death_signal(Some(signal)));
     }
-    Ok((Receiver::from_owned_fd(reader)?, writer))
-}
-
-/// Makes this process fit to supervise: nobody of the same user may read its memory, where the token is (prctl(2),
-/// `PR_SET_DUMPABLE`), and orphans of the command become its children to reap (`PR_SET_CHILD_SUBREAPER`).
-pub(crate) fn prepare_process() {
-    if let Err(errno) = rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable) {
-        warn!("the agent's memory stays readable to processes of its user: {errno}");
-    }
-    if getpid() != Pid::INIT
-        && let Err(errno) = rustix::process::set_child_subreaper(Some(getpid()))
-    {
-        warn!("orphaned processes of the command will not be reaped: {errno}");
+    if config.no_new_privileges {
+        told("the command may gain privileges", rustix::thread::set_no_new_privs(true));
     }
 }
 
 impl Command {
     /// Starts the command. The error is the command's end: it could not be started.
-    pub(crate) fn spawn(command: &[OsString], output: Output) -> Result<Self, End> {
+    pub(crate) fn spawn(
+        command: &[OsString],
+        output: Output,
+        user: Option<User>,
+        environment: &[(&str, OsString)],
+        reaper: &Reaper,
+    ) -> Result<Self, End> {
         let (program, arguments) = command.split_first().expect("the command line requires a command");
         let mut process = std::process::Command::new(program);
-        process.args(arguments).process_group(0);
-        for variable in SECRET_VARIABLES {
-            process.env_remove(variable);
-        }
-        if let Output::Piped(stdout, stderr) = output {
-            process.stdout(stdout).stderr(stderr);
-        }
-        let child = process.spawn().map_err(|error| not_started(&program.to_string_lossy(), &error))?;
+        process.args(arguments).envs(environment.iter().map(|(name, value)| (name, value)));
+        let leads_session = matches!(output, Output::Terminal(_));
+        let memory = OomKills::before();
+        let prepared = user.map_or(Ok(()), |user| become_user(&mut process, user, &output));
+        let child = prepared.and_then(|()| {
+            output.attach(&mut process)?;
+            process.spawn()
+        });
+        let child = child.map_err(|error| not_started(&program.to_string_lossy(), &error))?;
         let leader = Pid::from_raw(child.id().cast_signed()).expect("a child's process id is positive");
-        let command = Self { leader, end: None };
-        command.take_terminal();
+        let (started, status) = (Instant::now(), reaper.watch(leader));
+        let (end, ended, has_terminal) = (None, None, false);
+        let mut command = Self { leader, status, end, started, ended, memory, has_terminal, leads_session };
+        if !leads_session {
+            command.give_terminal();
+        }
         Ok(command)
     }
 
     /// Hands the terminal over, if there is one and it is this process's to give: only its foreground group may read it
     /// (tcsetpgrp(3)). From then on the terminal's own signals, Ctrl-C's say, go to the command.
-    fn take_terminal(&self) {
-        let terminal = rustix::stdio::stdin();
-        if !tcgetpgrp(terminal).is_ok_and(|foreground| foreground == getpgrp()) {
+    fn give_terminal(&mut self) {
+        if !owns_terminal() {
             return;
         }
-        match tcsetpgrp(terminal, self.leader) {
-            Ok(()) => self.signal(Signal::CONT), // it may have been stopped by a read that came before
+        match tcsetpgrp(rustix::stdio::stdin(), self.leader) {
+            Ok(()) => {
+                self.has_terminal = true;
+                self.signal(Signal::CONT); // it may have been stopped by a read that came before
+            }
             Err(errno) => warn!("the command cannot read from the terminal: {errno}"),
         }
     }
 
-    /// Reaps every child that has ended: the command, and orphans that the system handed to this process. Nothing else
-    /// in this process waits for children, so no status can be stolen.
-    pub(crate) fn reap(&mut self) {
-        while let Ok(Some((pid, status))) = rustix::process::wait(WaitOptions::NOHANG) {
-            if pid == self.leader {
-                self.end = Some(end_of(status));
-            } else {
-                debug!(pid = pid.as_raw_nonzero().get(), "reaped an orphan");
-            }
+    /// Takes the terminal back, for the shell that has started this process. Its signals are blocked, so nothing stops
+    /// it for doing so from the background.
+    fn take_terminal(&mut self) {
+        if std::mem::take(&mut self.has_terminal)
+            && let Err(errno) = tcsetpgrp(rustix::stdio::stdin(), getpgrp())
+        {
+            debug!("the terminal stays the command's: {errno}");
         }
     }
 
-    /// How the command ended, once [`Self::reap`] has seen it.
+    /// Looks at what the reaper has seen of it.
+    pub(crate) fn notice(&mut self) {
+        let Some(status) = *self.status.borrow_and_update() else { return };
+        if !status.stopped() {
+            self.ended.get_or_insert_with(Instant::now);
+            self.end.get_or_insert_with(|| end_of(status, self.memory.has_grown()));
+            self.take_terminal();
+        } else if self.has_terminal {
+            // Ctrl-Z at the terminal: whoever started this process believes it to be stopped by that, too.
+            self.take_terminal();
+            stop_myself();
+            self.give_terminal(); // continued, by a shell's fg say
+            self.signal(Signal::CONT);
+        }
+    }
+
+    /// How the command ended, once [`Self::notice`] has seen it.
     pub(crate) fn end(&self) -> Option<&End> {
         self.end.as_ref()
     }
 
-    /// Sends a signal to the command's process group, as long as it has members.
-    pub(crate) fn signal(&self, signal: Signal) {
-        if let Err(errno) = kill_process_group(self.leader, signal) {
-            debug!(?signal, "nobody was left to signal: {errno}");
+    pub(crate) fn pid(&self) -> u32 {
+        self.leader.as_raw_nonzero().get().unsigned_abs()
+    }
+
+    /// Whether the system has killed a process of this control group for its memory since the start.
+    pub(crate) fn ran_out_of_memory(&self) -> bool {
+        self.memory.has_grown()
+    }
+
+    /// From its start to its end, or until now.
+    pub(crate) fn duration(&self) -> Duration {
+        self.ended.unwrap_or_else(Instant::now).duration_since(self.started)
+    }
+
+    /// What it used, and all that were reaped with it.
+    pub(crate) fn usage(&self) -> Usage {
+        let used = unix::used_by_children();
+        let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+        Usage {
+            wall: micros(self.duration()),
+            user: micros(used.user),
+            system: micros(used.system),
+            max_rss: used.max_rss,
         }
     }
 
-    /// Whether the process group still has members.
-    pub(crate) fn has_members(&self) -> bool {
-        test_kill_process_group(self.leader).is_ok()
+    /// Sends a signal to the command's process group, as long as it has members.
+    pub(crate) fn signal(&self, signal: Signal) {
+        self.pass_on(signal.as_raw().try_into().unwrap_or_default());
+    }
+
+    /// Passes a signal on to the command's process group. The group of a session of its own is orphaned, to which the
+    /// terminal's stop signals do nothing (setpgid(2)): it gets the one that cannot be ignored.
+    pub(crate) fn pass_on(&self, number: u8) {
+        let is_stop = STOPS.iter().any(|stop| stop.as_raw() == i32::from(number));
+        let sent = if self.leads_session && is_stop { Signal::STOP.as_raw() as u8 } else { number };
+        if !self.has_members() {
+            debug!(sent, "nobody is left to signal");
+        } else if let Err(error) = unix::kill_group(self.leader, sent) {
+            debug!(sent, "the command could not be signalled: {error}");
+        }
+        if is_stop {
+            stop_myself();
+        }
+    }
+
+    /// Whether the process group still has members: then its number is nobody else's. Until it is reaped the command is
+    /// one; afterwards those of its orphans are that became children of this process.
+    fn has_members(&self) -> bool {
+        self.end.is_none() || has_children(WaitId::Pgid(Some(self.leader)))
+    }
+
+    /// Sends a signal to the process group and, as far as `/proc` tells, to every other descendant.
+    pub(crate) fn signal_everybody(&self, signal: Signal) {
+        for _ in 0..ROUNDS {
+            self.signal(signal);
+            let strays: Vec<_> =
+                descendants::of(getpid()).into_iter().filter(|living| living.group != Some(self.leader)).collect();
+            for stray in &strays {
+                if let Err(error) = descendants::signal(stray, signal) {
+                    debug!(pid = ?stray.pid, "it could not be signalled: {error}");
+                }
+            }
+            if strays.is_empty() || signal != Signal::KILL {
+                return;
+            }
+        }
     }
 }
 
-fn end_of(status: WaitStatus) -> End {
+/// How often those who were forked meanwhile are looked for when everybody is killed.
+const ROUNDS: usize = 16;
+
+/// Sent by a terminal, or to a reader or writer in its background, and ignored by an orphaned group.
+const STOPS: [Signal; 3] = [Signal::TSTP, Signal::TTIN, Signal::TTOU];
+
+/// Stops this process until somebody continues it. A PID 1 cannot be stopped from inside, and goes on.
+fn stop_myself() {
+    if let Err(errno) = rustix::process::kill_process(getpid(), Signal::STOP) {
+        debug!("the agent itself is not stopped: {errno}");
+    }
+}
+
+fn owns_terminal() -> bool {
+    tcgetpgrp(rustix::stdio::stdin()).is_ok_and(|foreground| foreground == getpgrp())
+}
+
+/// Whether any descendant lives, or has not been reaped: an orphan is a child of this process, so that there is a child as
+/// long as there is a descendant.
+pub(crate) fn has_descendants() -> bool {
+    has_children(WaitId::All)
+}
+
+fn has_children(which: WaitId<'_>) -> bool {
+    waitid(which, WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT).is_ok()
+}
+
+/// Living descendants, and those who hold the output open even if they are none.
+pub(crate) fn leftovers(held: &[Held]) -> Vec<Process> {
+    let myself = getpid();
+    let mut found: Vec<_> = descendants::of(myself).iter().map(|living| descendants::describe(living, held)).collect();
+    if !held.is_empty() && found.iter().all(|process| process.holds.is_empty()) {
+        found.extend(descendants::holders(held, myself));
+    }
+    found
+}
+
+/// Only root can; the pipes or the terminal become the user's, who may open them again by `/dev/stdout`.
+fn become_user(process: &mut std::process::Command, user: User, output: &Output) -> io::Result<()> {
+    let group = user.group(Path::new("/etc/passwd"));
+    process.uid(user.uid).gid(group);
+    let (uid, gid) = user.owner(group);
+    output.descriptors().try_for_each(|descriptor| fchown(descriptor, Some(uid), Some(gid)))?;
+    Ok(())
+}
+
+fn end_of(status: WaitStatus, ran_out_of_memory: bool) -> End {
     match (status.exit_status(), status.terminating_signal()) {
         (Some(code), _) => End::Exited(code as u8), // wait(2): an exit status has eight bits
-        (None, Some(signal)) => End::Signalled { signal: signal as u8, core: status.as_raw() & CORE != 0, oom: false },
-        (None, None) => unreachable!("waitpid reports stops only when asked to"),
+        (None, Some(signal)) => {
+            let oom = ran_out_of_memory && signal == Signal::KILL.as_raw();
+            End::Signalled { signal: signal as u8, core: status.as_raw() & CORE != 0, oom }
+        }
+        (None, None) => unreachable!("only ends get here"),
     }
 }
 
@@ -170,17 +304,6 @@ fn not_started(program: &str, error: &io::Error) -> End {
 }
 
 const CANNOT_RUN: &str = "cannot run ";
-
-/// At most `limit` bytes of `text`, and a sign that there was more.
-fn shortened(text: &str, limit: usize) -> Cow<'_, str> {
-    const MORE: char = '…';
-    if text.len() <= limit {
-        return text.into();
-    }
-    let most = limit.saturating_sub(MORE.len_utf8());
-    let start = (0..=most).rev().find_map(|end| text.get(..end)).unwrap_or_default();
-    format!("{start}{MORE}").into()
-}
 
 #[cfg(test)]
 mod tests {

@@ -3,6 +3,7 @@
 mod address;
 mod args;
 mod secret;
+mod supervision;
 
 use std::{ffi::OsString, io, path::PathBuf, time::Duration};
 
@@ -17,6 +18,7 @@ pub use self::{
     address::{Address, Proxy, ProxySettings},
     args::{Args, Level, Limit, OnOffline, Overflow, Start, Switch, explain, parse},
     secret::Secret,
+    supervision::{Leftovers, Notice, Rewrites, Supervision, SupervisionArgs, User, Window},
 };
 
 /// What the agent needs, checked: every value here can be used as it is.
@@ -30,6 +32,8 @@ pub struct Config {
     pub tee: bool,
     /// Whether both streams share one pipe.
     pub merge: bool,
+    /// How it is run and ended.
+    pub supervision: Supervision,
     /// How long the last bytes may take to reach the server once the command has ended.
     pub linger: Duration,
     /// Whether to wait for the server before the command starts.
@@ -89,12 +93,15 @@ impl Config {
     /// With the first thing that is wrong, and what to do about it.
     pub fn try_from_args(args: Args, proxy: &ProxySettings) -> Result<Self, ConfigError> {
         let spool = SpoolConfig::try_from_args(&args)?;
+        let supervision = Supervision::try_from_args(&args.supervision, args.merge)?;
+        supervision.check(args.linger);
         if args.require_delivery && args.url.is_none() {
             return Err(ConfigError::NowhereToDeliver);
         }
         Ok(Self {
             tee: args.tee == Switch::On,
             merge: args.merge,
+            supervision,
             linger: args.linger,
             start: args.start,
             spool,
@@ -102,6 +109,14 @@ impl Config {
             command: args.command.clone(),
             home: args.url.as_deref().map(|url| Home::try_from_args(url, &args, proxy)).transpose()?,
         })
+    }
+}
+
+impl Config {
+    /// Whether the output has to be read even if it goes nowhere.
+    #[must_use]
+    pub fn looks_at_output(&self) -> bool {
+        self.merge || self.supervision.pty.is_some()
     }
 }
 
@@ -139,10 +154,11 @@ impl Home {
 
 /// The token, which becomes an HTTP header.
 fn token(args: &Args) -> Result<Option<Secret>, ConfigError> {
-    let text = match (&args.token, &args.token_file) {
-        (Some(token), _) => Zeroizing::new(token.clone()),
-        (None, Some(path)) => Zeroizing::new(read(path)?),
-        (None, None) => return Ok(None),
+    let text = match (&args.token, &args.token_variable, &args.token_file) {
+        (Some(token), _, _) => Zeroizing::new(token.clone()),
+        (None, Some(token), _) => Zeroizing::new(token.expose().to_owned()),
+        (None, None, Some(path)) => Zeroizing::new(read(path)?),
+        (None, None, None) => return Ok(None),
     };
     let token = text.trim();
     if token.is_empty() || !token.bytes().all(|byte| byte.is_ascii_graphic()) {
@@ -206,6 +222,9 @@ pub enum ConfigError {
     /// A delivery is required, and there is no server.
     #[error("--require-delivery needs --url (or PHONEHOME_URL)")]
     NowhereToDeliver,
+    /// A size for a terminal, and no terminal.
+    #[error("--pty-size needs --pty (or PHONEHOME_PTY)")]
+    SizeWithoutTerminal,
     /// Hardly a record would fit.
     #[error("--spool-memory {0} is too small, use 256KiB or more")]
     SmallMemory(ByteSize),

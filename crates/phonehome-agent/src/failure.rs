@@ -13,6 +13,9 @@ pub enum Failure {
     /// `--start connected`, and the server does not want this build.
     #[error("the command was not started: {0}")]
     Refused(String),
+    /// `--pty`, and the system has no terminal to give.
+    #[error("--pty: cannot make a terminal, which needs /dev/ptmx")]
+    Terminal(#[source] io::Error),
     /// `--require-delivery`, and the server does not have the complete log.
     #[error("the command ended with exit code {code}, but its log was not delivered: {why}")]
     Undelivered {
@@ -43,7 +46,9 @@ impl Failure {
     #[must_use]
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::Config(_) | Self::Refused(_) | Self::System(_) | Self::Undelivered { .. } => EXIT_FAILURE,
+            Self::Config(_) | Self::Refused(_) | Self::System(_) | Self::Terminal(_) | Self::Undelivered { .. } => {
+                EXIT_FAILURE
+            }
         }
     }
 }

@@ -4,10 +4,12 @@
 //! and exits as the command did. [`run()`] is its whole life; the rest is what that leans on.
 
 mod capture;
+mod cause;
 mod command;
 pub mod config;
 pub mod console;
 pub mod failure;
+mod gate;
 mod herald;
 pub mod line;
 pub mod log;
@@ -15,8 +17,10 @@ mod outbox;
 pub mod recorder;
 mod run;
 mod spool;
+mod supervisor;
 mod uplink;
 
+pub use command::{Blocked, take_token};
 pub use run::run;
 #[cfg(fuzzing)]
 #[doc(hidden)]

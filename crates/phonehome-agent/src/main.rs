@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use phonehome_agent::{
+    Blocked,
     config::{self, Config, ProxySettings},
     console::Console,
     failure::Failure,
@@ -10,7 +11,9 @@ use phonehome_agent::{
 use tracing::error;
 
 fn main() -> ExitCode {
-    let args = match config::parse(std::env::args_os()) {
+    let signals = Blocked::all();
+    let token = phonehome_agent::take_token();
+    let args = match config::parse(std::env::args_os(), token) {
         Ok(args) => args,
         Err(usage) => return config::explain(&usage),
     };
@@ -19,7 +22,7 @@ fn main() -> ExitCode {
     let proxy = ProxySettings::read(|name| std::env::var(name).ok());
     let result = Config::try_from_args(args, &proxy)
         .map_err(Failure::from)
-        .and_then(|config| phonehome_agent::run(config, &console));
+        .and_then(|config| phonehome_agent::run(config, &console, signals?));
     let code = result.unwrap_or_else(|failure| {
         let code = failure.exit_code();
         error!("{:#}", anyhow::Error::from(failure));

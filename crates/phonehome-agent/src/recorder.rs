@@ -88,6 +88,14 @@ impl Recorder {
         Self { env, outbox, tally, policy, ring, herald, news, out_of_time, cause, warned }
     }
 
+    /// One whose records go nowhere, for output that is only copied.
+    pub(crate) fn for_nobody(env: Env) -> Self {
+        let policy = Policy { overflow: Overflow::Drop, offline_limit: None, on_offline: OnOffline::Continue, ring: 0 };
+        let outbox = Arc::new(Outbox::new(0));
+        outbox.abandon();
+        Self::new(env, outbox, policy)
+    }
+
     /// The way to have facts recorded from anywhere.
     pub(crate) fn herald(&self) -> Herald {
         self.herald.clone()

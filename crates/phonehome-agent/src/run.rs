@@ -1,395 +1,235 @@
 //! The agent's whole life on one page.
 
-use std::{io, sync::Arc, time::Duration};
+use std::time::Duration;
 
 use phonehome_env::Env;
 use phonehome_proto::{
-    event::{Event, Terminated},
-    frame::{Cancel, CommandState, End},
+    event::{Born, Event, Terminated},
+    frame::{CommandState, End, Usage},
 };
-use rustix::process::Signal;
-use tokio::{
-    sync::{mpsc, watch},
-    task::JoinHandle,
-    time::Instant,
-};
+use tokio::{sync::watch, time::Instant};
 use tracing::{error, info, warn};
 
 use crate::{
-    capture::{Capture, Captured, Waivers},
-    command::{self, Caught, Command, Output, Pipes, Signals},
-    config::{Config, Home, OnOffline, SpoolConfig, Start},
+    capture::{Capture, Waivers},
+    cause,
+    command::{self, Blocked, Command, Output, Reaper, Signals, Sources},
+    config::Config,
     console::{Console, Copier},
-    failure::{EXIT_TERMINATED, Failure},
+    failure::Failure,
+    gate::{Admission, Denied, Gate},
+    herald::Herald,
     line::Line,
-    outbox::{Outbox, expiry},
     recorder::Recorder,
+    supervisor::{Capturing, HURRY, Patience, Supervisor, Watched},
     uplink::Delivery,
 };
 
-/// Between TERM and KILL for the command's process group, unless a cancel says otherwise.
-const GRACE: Duration = Duration::from_secs(30);
-
-/// The longest grace period that a cancel may ask for.
-const MAX_GRACE: Duration = Duration::from_secs(24 * 60 * 60);
-
-/// How long descendants may keep the output open after the command's end before they are told to end.
-const LEFTOVER_PATIENCE: Duration = Duration::from_secs(5);
-
-/// How long output is still awaited once everybody was killed.
-const AFTER_KILL: Duration = Duration::from_secs(1);
-
-/// What remains of the stay once TERM says that time is up.
-const HURRY: Duration = Duration::from_secs(1);
-
 /// Runs the command, delivers its log and returns the exit code.
+///
+/// `signals` have been blocked since this process began: one that came before the command is started counts.
 ///
 /// # Errors
 ///
 /// When the agent itself cannot do its work. Whatever happens to the command or on the wire is a code, not an error.
-pub fn run(config: Config, console: &Console) -> Result<u8, Failure> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let result = runtime.block_on(live(config, console));
+pub fn run(config: Config, console: &Console, signals: Blocked) -> Result<u8, Failure> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
+    let result = runtime.block_on(live(config, console, signals));
     runtime.shutdown_background(); // a name look-up may still be under way, nobody waits for it
     result
 }
 
-async fn live(mut config: Config, console: &Console) -> Result<u8, Failure> {
-    let signals = Signals::catch()?;
-    command::prepare_process();
-    match config.home.take() {
-        Some(home) => observed(config, home, signals, console).await,
-        None => Ok(unobserved(&config, signals).await),
+async fn live(mut config: Config, console: &Console, signals: Blocked) -> Result<u8, Failure> {
+    command::prepare_process(&config.supervision);
+    let mut signals = Signals::new(signals)?;
+    let reaper = Reaper::default();
+    let mut log = Log::open(&mut config).await?;
+    let (output, sources) = log.sources(&config)?;
+    let gate = Gate {
+        start: config.start,
+        line: log.line.as_mut(),
+        recorder: log.recorder.as_mut(),
+        signals: &mut signals,
+        reaper: &reaper,
+    };
+    let (early, command) = match gate.admission().await? {
+        Admission::Granted(early) => {
+            let command = Command::spawn(&config.command, output, config.supervision.user, &[], &reaper);
+            (early, command.map_err(|end| Denied { end, told_to_end: false }))
+        }
+        Admission::Denied(denied) => (Vec::new(), Err(denied)),
+    };
+    match command {
+        Ok(command) => attend(&config, log, (command, early), (signals, reaper), sources, console).await,
+        Err(denied) => never_started(&config, log, denied).await,
     }
 }
 
-/// The command on the agent's own streams, with nobody told.
-async fn unobserved(config: &Config, signals: Signals) -> u8 {
-    warn!("no --url (PHONEHOME_URL): the command runs unobserved");
-    let (_, cancels) = mpsc::channel(1);
-    match Command::spawn(&config.command, Output::Inherited) {
-        Ok(command) => Supervisor::new(command, signals, cancels).ended().await.code(),
-        Err(end) => tell_not_started(&end),
-    }
-}
-
-async fn observed(config: Config, home: Home, mut signals: Signals, console: &Console) -> Result<u8, Failure> {
-    let (output, pipes) = command::pipes(config.merge)?;
-    let (mut line, recorder) = Line::open(&Env::real(), home, &config.spool).await?;
-    let herald = recorder.herald();
-    let admission = match config.start {
-        Start::Now => Admission::Granted,
-        Start::Connected => wait_for_welcome(&mut line, &mut signals).await?,
+/// From the command's start to the agent's end.
+async fn attend(
+    config: &Config,
+    mut log: Log,
+    (command, early): (Command, Vec<u8>),
+    (signals, reaper): (Signals, Reaper),
+    sources: Option<Sources>,
+    console: &Console,
+) -> Result<u8, Failure> {
+    let program = config.command.first().map(|program| program.to_string_lossy().into_owned()).unwrap_or_default();
+    log.herald.tell(Event::Born(Born { program, pid: command.pid() }));
+    log.tell_state(CommandState::Running);
+    early.into_iter().for_each(|signal| command.pass_on(signal));
+    let capture = log.capture(config, sources, console)?;
+    let watched = Watched {
+        command,
+        signals,
+        reaper,
+        herald: log.herald.clone(),
+        cancels: log.line.as_mut().and_then(|line| line.cancels.take()),
+        patience: log.line.as_ref().and_then(|line| Patience::of(&config.spool, line.outbox())),
     };
-    let command = match admission {
-        Admission::Granted => Command::spawn(&config.command, output),
-        Admission::Cancelled(end) => Err(end),
-        Admission::Terminated => return Ok(EXIT_TERMINATED),
-    };
-    let (end, captured, mut stay) = match command {
-        Ok(command) => {
-            line.command.send_replace(CommandState::Running);
-            let capture = capture(&line, recorder, pipes, config.tee.then(|| console.spawn_copier()).transpose()?);
-            let cancels = line.cancels.take().expect("taken once");
-            let mut supervisor = Supervisor::new(command, signals, cancels);
-            supervisor.patience = Patience::of(&config.spool, line.outbox());
-            let end = supervisor.ended().await;
-            info!(code = end.code(), "the command ended");
-            line.command.send_replace(CommandState::Ended);
-            let deadline = Instant::now() + config.linger;
-            let captured = supervisor.captured(capture, deadline).await?;
-            (end, captured, Linger { deadline, hurry: supervisor.hurry, signals: supervisor.signals })
-        }
-        Err(end) => {
-            tell_not_started(&end);
-            let deadline = Instant::now() + config.linger;
-            (end, Captured { recorder, copier: None }, Linger { deadline, hurry: None, signals })
+    let mut supervisor = Supervisor::new(watched, config.supervision.clone(), config.linger);
+    let end = supervisor.ended().await;
+    info!(code = end.code(), "the command ended");
+    log.tell_state(CommandState::Ended);
+    let deadline = Instant::now() + config.linger;
+    let captured = match capture {
+        Some(capture) => Some(supervisor.captured(capture, deadline).await?),
+        None => {
+            supervisor.outlived().await;
+            None
         }
     };
+    let command = supervisor.command();
+    let duration = u64::try_from(command.duration().as_millis()).unwrap_or(u64::MAX);
+    let terminated = cause::terminated(&end, command.ran_out_of_memory(), duration);
+    let (recorder, copier) = captured.map_or((None, None), |captured| (Some(captured.recorder), captured.copier));
     let code = end.code();
-    herald.tell(Event::Terminated(Terminated { code, ..Terminated::default() }));
-    captured.recorder.finish(end, None);
-    stay.leave(config.linger.min(HURRY));
-    stay.until(Some(stay.deadline), line.delivered()).await;
-    let delivery = line.close().await;
-    if let Some(copier) = captured.copier {
-        stay.until(None, copier.finish()).await;
+    log.finish(config, recorder, end, terminated, Some(command.usage()));
+    supervisor.leave(config.linger.min(HURRY));
+    let deadline = deadline.max(Instant::now() + config.linger.min(HURRY));
+    let delivery = match log.line.take() {
+        Some(mut line) => {
+            supervisor.until(Some(deadline), line.delivered()).await;
+            Some(line.close().await)
+        }
+        None => None,
+    };
+    if let Some(copier) = copier {
+        supervisor.until(None, copier.finish()).await;
     }
-    match delivery {
-        Some(Delivery::Complete) => Ok(code),
-        _ if !config.require_delivery => Ok(code),
-        Some(Delivery::Incomplete(why) | Delivery::Refused(why)) => Err(Failure::Undelivered { code, why }),
-        None => Err(Failure::Undelivered { code, why: "the server has not confirmed it in time".into() }),
-    }
+    supervisor.left().await;
+    hold(&mut supervisor, config.supervision.hold[usize::from(code != 0)]).await;
+    judge(config, code, delivery)
 }
 
-/// Says on the agent's own log that nothing ran, and what to exit with.
-fn tell_not_started(end: &End) -> u8 {
-    if let End::NotStarted { reason, .. } = end {
+/// Nothing ran: only that is left to be told.
+async fn never_started(config: &Config, mut log: Log, denied: Denied) -> Result<u8, Failure> {
+    let Denied { end, told_to_end } = denied;
+    if let End::NotStarted { reason, .. } = &end {
         error!("{reason}");
     }
-    end.code()
+    let (code, recorder) = (end.code(), log.recorder.take());
+    let terminated = cause::terminated(&end, false, 0);
+    log.finish(config, recorder, end, terminated, None);
+    let stay = if told_to_end { config.linger.min(HURRY) } else { config.linger };
+    let Some(mut line) = log.line.take() else { return Ok(code) };
+    drop(tokio::time::timeout(stay, line.delivered()).await); // what close() finds then says how it ended
+    judge(config, code, Some(line.close().await))
 }
 
-/// Whether the command may start.
-enum Admission {
-    Granted,
-    /// The server has cancelled it, and shall be told that it never ran.
-    Cancelled(End),
-    /// A signal came first.
-    Terminated,
+/// Stays alive, so that a person can look inside, until the time is over or somebody says TERM.
+async fn hold(supervisor: &mut Supervisor, time: Duration) {
+    if time.is_zero() || supervisor.is_told_to_end() {
+        return;
+    }
+    warn!("holding for {} s; TERM ends it", time.as_secs_f64());
+    supervisor.until(Some(Instant::now() + time), std::future::pending()).await;
 }
 
-/// `--start connected`.
-async fn wait_for_welcome(line: &mut Line, signals: &mut Signals) -> Result<Admission, Failure> {
-    let mut welcomed = line.welcomed.clone();
-    loop {
-        tokio::select! {
-            _ = welcomed.wait_for(|welcomed| *welcomed) => return welcomed_or_refused(line).await,
-            caught = signals.next() => if let Caught::Other(Signal::TERM | Signal::INT) = caught {
-                info!("told to end before the command was started");
-                return Ok(Admission::Terminated);
-            },
-        }
+/// What to exit with.
+fn judge(config: &Config, code: u8, delivery: Option<Option<Delivery>>) -> Result<u8, Failure> {
+    match delivery {
+        None | Some(Some(Delivery::Complete)) => Ok(code),
+        Some(_) if !config.require_delivery => Ok(code),
+        Some(Some(Delivery::Incomplete(why) | Delivery::Refused(why))) => Err(Failure::Undelivered { code, why }),
+        Some(None) => Err(Failure::Undelivered { code, why: "the server has not confirmed it in time".into() }),
     }
 }
 
-async fn welcomed_or_refused(line: &mut Line) -> Result<Admission, Failure> {
-    if *line.welcomed.borrow() {
-        return Ok(cancelled(line).map_or(Admission::Granted, Admission::Cancelled));
-    }
-    line.delivered().await;
-    match line.delivery() {
-        Some(Delivery::Refused(reason)) => Err(Failure::Refused(reason.clone())),
-        Some(Delivery::Complete | Delivery::Incomplete(_)) | None => Ok(Admission::Granted),
-    }
+/// Where facts and output go.
+struct Log {
+    /// `None` without a server.
+    line: Option<Line>,
+    /// `None` when nobody looks at the output, or once somebody else writes.
+    recorder: Option<Recorder>,
+    herald: Herald,
 }
 
-/// The end of a command that was cancelled before its start. A cancel in the welcome is here before the welcome is.
-fn cancelled(line: &mut Line) -> Option<End> {
-    line.cancels.as_mut()?.try_recv().ok()?;
-    Some(End::NotStarted { code: EXIT_TERMINATED, reason: "cancelled before it was started".into() })
-}
-
-fn capture(line: &Line, recorder: Recorder, pipes: Pipes, copier: Option<Copier>) -> Capturing {
-    let (waivers, waivers_rx) = watch::channel(Waivers::default());
-    let capture = Capture::new(pipes, recorder, copier, line.last_output.clone(), waivers_rx);
-    Capturing { task: tokio::spawn(capture.run()), waivers }
-}
-
-/// A capture that runs, and the way to end it early.
-struct Capturing {
-    task: JoinHandle<Captured>,
-    waivers: watch::Sender<Waivers>,
-}
-
-/// Watches over the command: signals pass through, TERM and cancels are followed by KILL after a grace period.
-struct Supervisor {
-    command: Command,
-    signals: Signals,
-    cancels: Option<mpsc::Receiver<Cancel>>,
-    plan: Plan,
-    patience: Option<Patience>,
-    give_up: bool,
-    /// When to be gone, after TERM or INT when the command had ended: they are meant for what is left of the agent's stay.
-    hurry: Option<Instant>,
-}
-
-/// `--on-offline stop`: how long the server may be out of reach.
-#[derive(Debug, Clone)]
-struct Patience {
-    outbox: Arc<Outbox>,
-    limit: Duration,
-}
-
-impl Patience {
-    fn of(config: &SpoolConfig, outbox: &Arc<Outbox>) -> Option<Self> {
-        let limit = config.offline_limit.filter(|_| config.on_offline == OnOffline::Stop)?;
-        Some(Self { outbox: outbox.clone(), limit })
-    }
-
-    /// Never completes without a limit.
-    async fn ended(patience: Option<&Self>) {
-        match patience {
-            Some(Self { outbox, limit }) => outbox.offline(*limit).await,
-            None => std::future::pending().await,
-        }
-    }
-}
-
-/// What happens next to the process group, and when.
-#[derive(Debug, Clone, Copy)]
-enum Plan {
-    Nothing,
-    Terminate(Instant),
-    Kill(Instant),
-    GiveUp(Instant),
-}
-
-impl Plan {
-    fn at(self) -> Option<Instant> {
-        match self {
-            Self::Nothing => None,
-            Self::Terminate(at) | Self::Kill(at) | Self::GiveUp(at) => Some(at),
-        }
-    }
-}
-
-impl Supervisor {
-    fn new(command: Command, signals: Signals, cancels: mpsc::Receiver<Cancel>) -> Self {
-        Self {
-            command,
-            signals,
-            cancels: Some(cancels),
-            plan: Plan::Nothing,
-            patience: None,
-            give_up: false,
-            hurry: None,
-        }
-    }
-
-    /// Waits for the command itself to end.
-    async fn ended(&mut self) -> End {
-        loop {
-            if let Some(end) = self.command.end() {
-                return end.clone();
+impl Log {
+    async fn open(config: &mut Config) -> Result<Self, Failure> {
+        let env = Env::real();
+        let (line, recorder) = match config.home.take() {
+            Some(home) => {
+                let (line, recorder) = Line::open(&env, home, &config.spool).await?;
+                (Some(line), Some(recorder))
             }
-            self.step().await;
-        }
-    }
-
-    /// Waits for the end of the output: both pipes at their ends, or everybody gone who should have closed them. After
-    /// `deadline` the capture waits for the server no longer, and in a hurry not for the reader of the copy either.
-    async fn captured(&mut self, mut capture: Capturing, deadline: Instant) -> Result<Captured, Failure> {
-        self.patience = None; // there is no command left to end
-        if let Plan::Nothing = self.plan {
-            self.plan = Plan::Terminate(Instant::now() + LEFTOVER_PATIENCE);
-        }
-        loop {
-            let now = Instant::now();
-            let hurried = self.hurry.is_some_and(|at| at <= now);
-            let late = hurried || deadline <= now;
-            capture.waivers.send_replace(Waivers {
-                stalled_copy: true,
-                copy: hurried,
-                writers: self.give_up,
-                room: late,
-            });
-            let hurry = self.hurry.filter(|_| !hurried);
-            let next = if late { hurry } else { soonest(Some(deadline), hurry) };
-            tokio::select! {
-                captured = &mut capture.task => return Ok(captured.map_err(io::Error::from)?),
-                () = self.step() => {}
-                () = expiry(next) => {}
-            }
-        }
-    }
-
-    /// Handles whatever happens next. Cancel safe.
-    async fn step(&mut self) {
-        tokio::select! {
-            biased;
-            caught = self.signals.next() => self.handle_signal(caught),
-            cancel = recv(&mut self.cancels) => match cancel {
-                Some(cancel) => self.terminate(Duration::from_millis(cancel.grace).min(MAX_GRACE)),
-                None => self.cancels = None,
-            },
-            () = expiry(self.plan.at()) => self.handle_plan(),
-            () = Patience::ended(self.patience.as_ref()) => {
-                self.patience = None;
-                warn!("the server has been out of reach for --offline-limit; ending the command");
-                self.terminate(GRACE);
-            }
-        }
-    }
-
-    fn handle_signal(&mut self, caught: Caught) {
-        match caught {
-            Caught::Child => self.command.reap(),
-            Caught::Other(signal) => {
-                if let Signal::TERM | Signal::INT = signal {
-                    self.command.reap(); // its end may not have been noticed yet
-                    if self.command.end().is_some() {
-                        self.hurry.get_or_insert(Instant::now() + HURRY);
-                    }
-                }
-                if signal == Signal::TERM { self.terminate(GRACE) } else { self.command.signal(signal) }
-            }
-        }
-    }
-
-    fn terminate(&mut self, grace: Duration) {
-        self.command.signal(Signal::TERM);
-        let kill = Instant::now() + grace;
-        self.plan = match self.plan {
-            Plan::Kill(at) => Plan::Kill(at.min(kill)),
-            Plan::GiveUp(at) => Plan::GiveUp(at),
-            Plan::Nothing | Plan::Terminate(_) => Plan::Kill(kill),
-        };
-    }
-
-    fn handle_plan(&mut self) {
-        let now = Instant::now();
-        self.plan = match self.plan {
-            Plan::Terminate(_) if self.command.has_members() => {
-                warn!("processes of the command are still running after its end; terminating them");
-                self.command.signal(Signal::TERM);
-                Plan::Kill(now + GRACE)
-            }
-            Plan::Kill(_) if self.command.has_members() => {
-                warn!("the grace period is over; killing the command's processes");
-                self.command.signal(Signal::KILL);
-                Plan::GiveUp(now + AFTER_KILL)
-            }
-            Plan::Terminate(_) | Plan::Kill(_) | Plan::GiveUp(_) | Plan::Nothing => {
-                self.give_up = self.command.end().is_some();
-                Plan::Nothing
+            None => {
+                warn!("no --url (PHONEHOME_URL): the command runs unobserved");
+                (None, config.looks_at_output().then(|| Recorder::for_nobody(env.clone())))
             }
         };
-    }
-}
-
-/// Pending for ever without a channel.
-async fn recv(cancels: &mut Option<mpsc::Receiver<Cancel>>) -> Option<Cancel> {
-    match cancels {
-        Some(cancels) => cancels.recv().await,
-        None => std::future::pending().await,
-    }
-}
-
-fn soonest(a: Option<Instant>, b: Option<Instant>) -> Option<Instant> {
-    a.into_iter().chain(b).min()
-}
-
-/// What is left of the agent's stay after the command's end; TERM cuts it short.
-struct Linger {
-    /// When delivery must be over.
-    deadline: Instant,
-    /// When everything must be over.
-    hurry: Option<Instant>,
-    signals: Signals,
-}
-
-impl Linger {
-    /// Leaves at least this much, however long the output has taken.
-    fn leave(&mut self, least: Duration) {
-        let least = Instant::now() + least;
-        self.deadline = self.deadline.max(least);
-        self.hurry = self.hurry.map(|hurry| hurry.max(least));
+        let herald = recorder.as_ref().map_or_else(|| Herald::new(env.nature).0, Recorder::herald);
+        Ok(Self { line, recorder, herald })
     }
 
-    /// Waits for `work`, but no longer than until `deadline`.
-    async fn until(&mut self, deadline: Option<Instant>, work: impl Future<Output = ()>) {
-        let mut work = std::pin::pin!(work);
-        loop {
-            tokio::select! {
-                biased;
-                () = &mut work => return,
-                () = expiry(soonest(deadline, self.hurry)) => return,
-                caught = self.signals.next() => if let Caught::Other(Signal::TERM | Signal::INT) = caught {
-                    self.hurry.get_or_insert(Instant::now() + HURRY);
-                },
-            }
+    /// Where the command will write to, made before the command is.
+    fn sources(&self, config: &Config) -> Result<(Output, Option<Sources>), Failure> {
+        let (output, sources) = match (&self.recorder, config.supervision.pty) {
+            (None, _) => return Ok((Output::Inherited, None)),
+            (Some(_), Some(size)) => Sources::terminal(size).map_err(Failure::Terminal)?,
+            (Some(_), None) => Sources::pipes(config.merge)?,
+        };
+        Ok((output, Some(sources)))
+    }
+
+    fn capture(
+        &mut self,
+        config: &Config,
+        sources: Option<Sources>,
+        console: &Console,
+    ) -> Result<Option<Capturing>, Failure> {
+        let (Some(sources), Some(recorder)) = (sources, self.recorder.take()) else { return Ok(None) };
+        let copies = config.tee || self.line.is_none(); // somebody has to see it
+        let copier: Option<Copier> = copies.then(|| console.spawn_copier()).transpose()?;
+        let last_output =
+            self.line.as_ref().map_or_else(|| watch::Sender::new(Instant::now()), |line| line.last_output.clone());
+        let (waivers, waivers_rx) = watch::channel(Waivers::default());
+        let held = sources.held();
+        let capture = Capture::new(sources, recorder, copier, last_output, waivers_rx);
+        Ok(Some(Capturing { task: tokio::spawn(capture.run()), waivers, held }))
+    }
+
+    /// Ends the log: nothing more can be told.
+    fn finish(
+        &self,
+        config: &Config,
+        recorder: Option<Recorder>,
+        end: End,
+        terminated: Terminated,
+        usage: Option<Usage>,
+    ) {
+        if let Some(reason) = cause::reason(&terminated) {
+            cause::leave_message(&config.supervision.termination_log, &reason);
+        }
+        self.herald.tell(Event::Terminated(terminated));
+        if let Some(recorder) = recorder {
+            recorder.finish(end, usage);
+        }
+    }
+
+    fn tell_state(&self, state: CommandState) {
+        if let Some(line) = &self.line {
+            line.command.send_replace(state);
         }
     }
 }

@@ -39,6 +39,16 @@ impl Stream {
         }
     }
 
+    /// Name of the stream, as JSON has it too.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Stdout => "stdout",
+            Self::Stderr => "stderr",
+            Self::Event => "event",
+        }
+    }
+
     /// The stream with this number.
     #[must_use]
     pub fn from_number(number: u8) -> Option<Self> {

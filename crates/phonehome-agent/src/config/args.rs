@@ -10,6 +10,7 @@ use std::{
 use bytesize::ByteSize;
 use clap::{CommandFactory, FromArgMatches, Parser, ValueEnum, builder::Resettable, error::ErrorKind};
 
+use super::{Secret, supervision::SupervisionArgs};
 use crate::{failure::EXIT_FAILURE, log::Format};
 
 /// Runs a build command, streams its output to a phonehome server and exits as the command did.
@@ -48,6 +49,10 @@ pub struct Args {
     #[arg(long, env = "PHONEHOME_TOKEN", value_name = "TOKEN", hide_env_values = true, help_heading = "Trust")]
     pub token: Option<String>,
 
+    /// What the variable of the token said.
+    #[arg(skip)]
+    pub token_variable: Option<Secret>,
+
     /// File that holds the token
     #[arg(long, env = "PHONEHOME_TOKEN_FILE", value_name = "PATH", help_heading = "Trust")]
     pub token_file: Option<PathBuf>,
@@ -75,6 +80,10 @@ pub struct Args {
     /// One pipe for both streams: their exact order, but no distinction; all of it is stdout
     #[arg(long, env = "PHONEHOME_MERGE", value_parser = clap::builder::FalseyValueParser::new(), help_heading = "Output")]
     pub merge: bool,
+
+    /// How it is run and ended.
+    #[command(flatten)]
+    pub supervision: SupervisionArgs,
 
     /// How long to stay after the command's end until the server has accepted its log
     #[arg(long, env = "PHONEHOME_LINGER", value_name = "TIME", default_value = "30s", value_parser = duration, help_heading = "Delivery")]
@@ -140,21 +149,22 @@ pub struct Args {
 }
 
 /// Reads a command line and the variables. An empty variable is one that is not set: manifests often have no other way
-/// to say so.
+/// to say so. `token` is what its variable said before it was taken away.
 ///
 /// # Errors
 ///
 /// When it is not one, or asks for help: see [`explain`].
-pub fn parse(line: impl IntoIterator<Item = OsString>) -> Result<Args, clap::Error> {
+pub fn parse(line: impl IntoIterator<Item = OsString>, token: Option<Secret>) -> Result<Args, clap::Error> {
     let is_empty = |name: &OsStr| std::env::var_os(name).is_some_and(|value| value.is_empty());
     let mut command = Args::command()
         .mut_args(|arg| if arg.get_env().is_some_and(is_empty) { arg.env(Resettable::Reset) } else { arg });
     let matches = command.try_get_matches_from_mut(line)?;
-    Args::from_arg_matches(&matches).map_err(|usage| usage.format(&mut command))
+    let args = Args::from_arg_matches(&matches).map_err(|usage| usage.format(&mut command))?;
+    Ok(Args { token_variable: token, ..args })
 }
 
 /// A time that can be added to the clock.
-fn duration(text: &str) -> Result<Duration, String> {
+pub(super) fn duration(text: &str) -> Result<Duration, String> {
     let duration = humantime::parse_duration(text).map_err(|error| error.to_string())?;
     if duration > MAX_DURATION { Err("more than 10 years".into()) } else { Ok(duration) }
 }

@@ -1,0 +1,153 @@
+//! What has to be before the command may start, and who can forbid it.
+
+use phonehome_proto::{
+    event::{Event, Waiting},
+    frame::End,
+};
+use tokio::sync::watch;
+use tracing::info;
+
+use crate::{
+    command::{Caught, Reaper, Signals},
+    config::Start,
+    failure::{EXIT_TERMINATED, Failure},
+    line::Line,
+    recorder::Recorder,
+    supervisor::recv,
+    uplink::Delivery,
+};
+
+/// Whether the command may start.
+pub(crate) enum Admission {
+    /// It may. These signals came meanwhile and are meant for it.
+    Granted(Vec<u8>),
+    /// It never may.
+    Denied(Denied),
+}
+
+/// Why a command is never started.
+pub(crate) struct Denied {
+    pub(crate) end: End,
+    /// Whether the agent itself was told to end.
+    pub(crate) told_to_end: bool,
+}
+
+impl Denied {
+    fn new(code: u8, reason: String) -> Self {
+        info!(code, reason, "the command is not started");
+        Self { end: End::NotStarted { code, reason }, told_to_end: false }
+    }
+}
+
+/// Signals kept for the command at most.
+const EARLY: usize = 64;
+
+/// What is looked at while the command waits.
+pub(crate) struct Gate<'a> {
+    pub(crate) start: Start,
+    pub(crate) line: Option<&'a mut Line>,
+    pub(crate) recorder: Option<&'a mut Recorder>,
+    pub(crate) signals: &'a mut Signals,
+    pub(crate) reaper: &'a Reaper,
+}
+
+impl Gate<'_> {
+    /// Waits until the command may start, or until it never may.
+    ///
+    /// # Errors
+    ///
+    /// When it is to wait for the server, which does not want it.
+    pub(crate) async fn admission(mut self) -> Result<Admission, Failure> {
+        let mut early = Vec::new();
+        let mut welcome = self.welcome();
+        if let (Some(recorder), Some(_)) = (&self.recorder, &welcome) {
+            recorder.herald().tell(Event::Waiting(Waiting { r#for: vec!["the server".into()] }));
+        }
+        while let Some(caught) = self.signals.pending() {
+            if let Some(denied) = self.handle(caught, &mut early) {
+                return Ok(Admission::Denied(denied));
+            }
+        }
+        while welcome.is_some() {
+            let mut cancels = self.line.as_mut().and_then(|line| line.cancels.take());
+            let heard = tokio::select! {
+                biased; // who says no is heard first
+                caught = self.signals.next() => self.handle(caught, &mut early),
+                Some(cancel) = recv(&mut cancels) => Some(Denied::cancelled(&cancel.reason)),
+                () = attend(&mut self.recorder) => None,
+                () = welcomed(&mut welcome) => {
+                    self.refusal().await?;
+                    welcome = None;
+                    None
+                }
+            };
+            if let Some(line) = &mut self.line {
+                line.cancels = cancels;
+            }
+            if let Some(denied) = heard {
+                return Ok(Admission::Denied(denied));
+            }
+        }
+        Ok(Admission::Granted(early))
+    }
+
+    /// Whether the server has welcomed this agent, if that matters.
+    fn welcome(&self) -> Option<watch::Receiver<bool>> {
+        let line = self.line.as_ref()?;
+        (self.start == Start::Connected).then(|| line.welcomed.clone())
+    }
+
+    fn handle(&self, caught: Caught, early: &mut Vec<u8>) -> Option<Denied> {
+        match (caught, caught.ends()) {
+            (Caught::Child, _) => self.reaper.reap(),
+            (Caught::Other(_), Some(signal)) => return Some(Denied::signalled(signal)),
+            (Caught::Other(signal), None) if early.len() < EARLY => early.push(signal),
+            (Caught::Other(_), None) => {}
+        }
+        None
+    }
+
+    /// A welcome that will never come.
+    async fn refusal(&mut self) -> Result<(), Failure> {
+        let Some(line) = &mut self.line else { return Ok(()) };
+        if *line.welcomed.borrow() {
+            return Ok(());
+        }
+        line.delivered().await;
+        match line.delivery() {
+            Some(Delivery::Refused(reason)) => Err(Failure::Refused(reason.clone())),
+            Some(Delivery::Complete | Delivery::Incomplete(_)) | None => Ok(()),
+        }
+    }
+}
+
+impl Denied {
+    fn cancelled(reason: &str) -> Self {
+        let reason = if reason.is_empty() { String::new() } else { format!(" ({reason})") };
+        Self::new(EXIT_TERMINATED, format!("cancelled before it was started{reason}"))
+    }
+
+    fn signalled(signal: u8) -> Self {
+        let reason = format!("{} came before it was started", phonehome_proto::signal::name(signal));
+        Self { told_to_end: true, ..Self::new(SIGNALLED + signal, reason) }
+    }
+}
+
+/// An exit code above it says which signal ended a command.
+const SIGNALLED: u8 = 128;
+
+/// Records what is told meanwhile.
+async fn attend(recorder: &mut Option<&mut Recorder>) {
+    match recorder {
+        Some(recorder) => recorder.attend().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Completes with the welcome, or when there is nobody left who could bring it.
+async fn welcomed(welcome: &mut Option<watch::Receiver<bool>>) {
+    match welcome {
+        Some(welcome) => drop(welcome.wait_for(|welcomed| *welcomed).await), // the caller finds out which it was
+        None => std::future::pending().await,
+    }
+}

@@ -1,0 +1,469 @@
+//! Watches over a command: signals pass through, whoever is told to end and does not is killed after a grace period, and
+//! those who outlive the command are waited for, ended or left.
+
+use std::{io, sync::Arc, time::Duration};
+
+use phonehome_proto::{
+    event::{Cancelled, Event, Leftovers as Remaining, Process, Stopping},
+    frame::{Cancel, End},
+    signal,
+};
+use rustix::process::Signal;
+use tokio::{
+    sync::{mpsc, watch},
+    task::JoinHandle,
+    time::Instant,
+};
+use tracing::{info, warn};
+
+use crate::{
+    capture::{Captured, Waivers},
+    command::{self, Caught, Command, Held, Reaper, Signals},
+    config::{Leftovers, Notice, OnOffline, SpoolConfig, Supervision},
+    failure::Failure,
+    herald::Herald,
+    outbox::{Outbox, expiry},
+};
+
+/// The longest grace period that a cancel may ask for.
+const MAX_GRACE: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// How long processes that hold the output open after the command's end get to end by themselves: what follows a pipe may
+/// have something left to write.
+const LEFTOVER_PATIENCE: Duration = Duration::from_secs(5);
+
+/// The same for processes that do not hold it: just long enough to be through with their exit.
+const SETTLE: Duration = Duration::from_millis(100);
+
+/// How long output is still awaited once everybody was killed.
+const AFTER_KILL: Duration = Duration::from_secs(1);
+
+/// What remains of the stay once TERM says that time is up.
+pub(crate) const HURRY: Duration = Duration::from_secs(1);
+
+/// Processes named in an event or a line.
+const NAMED: usize = 8;
+
+/// A capture that runs, and the way to end it early.
+pub(crate) struct Capturing {
+    pub(crate) task: JoinHandle<Captured>,
+    pub(crate) waivers: watch::Sender<Waivers>,
+    /// What it reads, to find out who holds that open.
+    pub(crate) held: Vec<Held>,
+}
+
+/// A command and all that can happen to it.
+pub(crate) struct Supervisor {
+    command: Command,
+    signals: Signals,
+    reaper: Reaper,
+    herald: Herald,
+    config: Supervision,
+    notice: Notice,
+    cancels: Option<mpsc::Receiver<Cancel>>,
+    patience: Option<Patience>,
+    plan: Plan,
+    /// Who was told to end is killed by then.
+    kill_by: Option<Instant>,
+    /// Whether those who outlived the command were looked after, as far as that was to be done.
+    settled: bool,
+    /// Whether nobody is left who should write.
+    give_up: bool,
+    /// When to be gone: soon after a TERM or INT that came after the command's end, and by the end of the pod's patience.
+    hurry: Option<Instant>,
+    /// Whether the agent itself was told to end.
+    told_to_end: bool,
+}
+
+/// What happens next, and when.
+#[derive(Debug, Clone, Copy)]
+enum Plan {
+    Nothing,
+    /// Look after those who outlived the command.
+    Settle(Instant),
+    Kill(Instant),
+    GiveUp(Instant),
+}
+
+impl Plan {
+    fn at(self) -> Option<Instant> {
+        match self {
+            Self::Nothing => None,
+            Self::Settle(at) | Self::Kill(at) | Self::GiveUp(at) => Some(at),
+        }
+    }
+}
+
+/// `--on-offline stop`: how long the server may be out of reach.
+#[derive(Debug, Clone)]
+pub(crate) struct Patience {
+    outbox: Arc<Outbox>,
+    limit: Duration,
+}
+
+impl Patience {
+    pub(crate) fn of(config: &SpoolConfig, outbox: &Arc<Outbox>) -> Option<Self> {
+        let limit = config.offline_limit.filter(|_| config.on_offline == OnOffline::Stop)?;
+        Some(Self { outbox: outbox.clone(), limit })
+    }
+
+    /// Never completes without a limit.
+    async fn ended(patience: Option<&Self>) {
+        match patience {
+            Some(Self { outbox, limit }) => outbox.offline(*limit).await,
+            None => std::future::pending().await,
+        }
+    }
+}
+
+/// What a supervisor watches over, and with what.
+pub(crate) struct Watched {
+    pub(crate) command: Command,
+    pub(crate) signals: Signals,
+    pub(crate) reaper: Reaper,
+    pub(crate) herald: Herald,
+    pub(crate) cancels: Option<mpsc::Receiver<Cancel>>,
+    pub(crate) patience: Option<Patience>,
+}
+
+impl Supervisor {
+    pub(crate) fn new(watched: Watched, config: Supervision, linger: Duration) -> Self {
+        let Watched { command, signals, reaper, herald, cancels, patience } = watched;
+        let notice = config.fit(linger);
+        let (plan, kill_by, settled, give_up, hurry) = (Plan::Nothing, None, false, false, None);
+        Self {
+            command,
+            signals,
+            reaper,
+            herald,
+            config,
+            notice,
+            cancels,
+            patience,
+            plan,
+            kill_by,
+            settled,
+            give_up,
+            hurry,
+            told_to_end: false,
+        }
+    }
+
+    pub(crate) fn command(&self) -> &Command {
+        &self.command
+    }
+
+    /// Waits for the command itself to end. Cancel safe.
+    pub(crate) async fn ended(&mut self) -> End {
+        loop {
+            if let Some(end) = self.command.end() {
+                return end.clone();
+            }
+            self.step().await;
+        }
+    }
+
+    /// Waits for the end of the output, and until those who outlived the command are looked after. After `deadline` the
+    /// capture waits for the server no longer, and in a hurry not for the reader of the copy either.
+    pub(crate) async fn captured(&mut self, mut capture: Capturing, deadline: Instant) -> Result<Captured, Failure> {
+        self.outlive();
+        loop {
+            let late = self.is_hurried() || deadline <= Instant::now();
+            capture.waivers.send_replace(Waivers {
+                stalled_copy: true,
+                copy: self.is_hurried(),
+                writers: self.give_up,
+                room: late,
+            });
+            let hurry = self.hurry.filter(|_| !self.is_hurried());
+            let next = if late { hurry } else { soonest(Some(deadline), hurry) };
+            tokio::select! {
+                captured = &mut capture.task => {
+                    let captured = captured.map_err(io::Error::from)?;
+                    self.settle_quietly(&[]).await;
+                    return Ok(captured);
+                }
+                () = self.step_with(&capture.held) => {}
+                () = expiry(next) => {}
+            }
+        }
+    }
+
+    /// The same when the output is nobody's business.
+    pub(crate) async fn outlived(&mut self) {
+        self.outlive();
+        self.settle_quietly(&[]).await;
+    }
+
+    /// The command has ended: what comes now is for those it left behind.
+    fn outlive(&mut self) {
+        self.patience = None; // there is no command left to end
+        let patience = Instant::now() + LEFTOVER_PATIENCE;
+        match (self.plan, self.config.leftovers) {
+            (Plan::Kill(kill), Leftovers::Terminate | Leftovers::Wait) => self.plan = Plan::Settle(patience.min(kill)),
+            (Plan::Nothing, Leftovers::Terminate | Leftovers::Leave) => self.plan = Plan::Settle(patience),
+            // Waiting takes as long as it takes, but it is said that it does.
+            (Plan::Nothing, Leftovers::Wait) => self.plan = Plan::Settle(patience),
+            (Plan::Kill(_), Leftovers::Leave) | (Plan::Settle(_) | Plan::GiveUp(_), _) => {}
+        }
+    }
+
+    /// Nobody holds the output open any more: only a moment is left for those who are still there.
+    async fn settle_quietly(&mut self, held: &[Held]) {
+        let soon = Instant::now() + SETTLE;
+        if let Plan::Settle(at) = self.plan {
+            self.plan = Plan::Settle(at.min(soon));
+        }
+        self.reaper.reap();
+        while command::has_descendants() && !self.give_up && !self.is_hurried() && (!self.settled || self.waits()) {
+            let hurry = self.hurry;
+            tokio::select! {
+                () = self.step_with(held) => {}
+                () = expiry(hurry) => {}
+            }
+        }
+    }
+
+    /// Whether the log ends only when everybody has ended.
+    fn waits(&self) -> bool {
+        self.config.leftovers == Leftovers::Wait && self.kill_by.is_none()
+    }
+
+    /// Waits for `work`, but no longer than until `deadline`, nor when in a hurry.
+    pub(crate) async fn until(&mut self, deadline: Option<Instant>, work: impl Future<Output = ()>) {
+        let mut work = std::pin::pin!(work);
+        loop {
+            let limit = soonest(deadline, self.hurry);
+            tokio::select! {
+                biased;
+                () = &mut work => return,
+                () = expiry(limit) => return,
+                () = self.step() => {}
+            }
+        }
+    }
+
+    /// Stays until those who were told to end are gone.
+    pub(crate) async fn left(&mut self) {
+        while matches!(self.plan, Plan::Kill(_)) && command::has_descendants() && !self.is_hurried() {
+            let hurry = self.hurry;
+            tokio::select! {
+                () = self.step() => {}
+                () = expiry(hurry) => {}
+            }
+        }
+        if self.settled && self.kill_by.is_some() && self.config.leftovers != Leftovers::Leave {
+            self.command.signal_everybody(Signal::KILL); // in a hurry, before the grace period was over
+        }
+    }
+
+    fn is_hurried(&self) -> bool {
+        self.hurry.is_some_and(|at| at <= Instant::now())
+    }
+
+    /// Whether the agent itself was told to end, in which case nobody wants it to stay.
+    pub(crate) fn is_told_to_end(&self) -> bool {
+        self.told_to_end
+    }
+
+    /// Leaves at least this much time for the delivery.
+    pub(crate) fn leave(&mut self, least: Duration) {
+        let least = Instant::now() + least;
+        self.hurry = self.hurry.map(|hurry| hurry.max(least));
+    }
+
+    async fn step(&mut self) {
+        self.step_with(&[]).await;
+    }
+
+    /// Handles whatever happens next. Cancel safe.
+    async fn step_with(&mut self, held: &[Held]) {
+        tokio::select! {
+            biased;
+            caught = self.signals.next() => self.handle_signal(caught),
+            cancel = recv(&mut self.cancels) => match cancel {
+                Some(cancel) => self.handle_cancel(&cancel),
+                None => self.cancels = None,
+            },
+            () = expiry(self.plan.at()) => self.handle_plan(held),
+            () = Patience::ended(self.patience.as_ref()) => {
+                self.patience = None;
+                warn!("the server has been out of reach for --offline-limit; ending the command");
+                self.stop("the server has been out of reach for too long", self.config.grace);
+            }
+        }
+    }
+
+    fn handle_signal(&mut self, caught: Caught) {
+        match caught {
+            Caught::Child => self.look(),
+            Caught::Other(number) => {
+                if caught.ends().is_some() {
+                    self.look(); // its end may not have been noticed yet
+                    if self.command.end().is_some() {
+                        self.hurry_up();
+                    }
+                }
+                if i32::from(number) == Signal::TERM.as_raw() {
+                    self.handle_term();
+                } else if let Some(number) = self.config.rewrites.apply(number) {
+                    self.command.pass_on(number);
+                }
+            }
+        }
+    }
+
+    fn look(&mut self) {
+        self.reaper.reap();
+        self.command.notice();
+    }
+
+    fn hurry_up(&mut self) {
+        self.told_to_end = true;
+        let soon = Instant::now() + HURRY;
+        self.hurry = Some(self.hurry.map_or(soon, |hurry| hurry.min(soon)));
+    }
+
+    /// TERM: the agent and all it watches over are to end, unless it is rewritten to nothing.
+    fn handle_term(&mut self) {
+        if self.config.rewrites.apply(Signal::TERM.as_raw() as u8).is_none() {
+            return;
+        }
+        self.told_to_end = true;
+        if let Some(total) = self.notice.total {
+            let gone = Instant::now() + total;
+            self.hurry = Some(self.hurry.map_or(gone, |hurry| hurry.min(gone)));
+        }
+        self.stop("the agent was told to end", self.notice.grace);
+    }
+
+    fn handle_cancel(&mut self, cancel: &Cancel) {
+        info!(reason = cancel.reason, "the server cancels the build");
+        self.herald.tell(Event::Cancelled(Cancelled { reason: cancel.reason.clone() }));
+        self.stop("the server has cancelled the build", Duration::from_millis(cancel.grace).min(MAX_GRACE));
+    }
+
+    /// Begins to end the command, or tells it again: TERM now, KILL after `grace` at the latest.
+    pub(crate) fn stop(&mut self, reason: &str, grace: Duration) {
+        let number = self.config.rewrites.apply(Signal::TERM.as_raw() as u8).unwrap_or(Signal::TERM.as_raw() as u8);
+        self.stop_with(number, reason, grace);
+    }
+
+    /// The same with another signal than TERM.
+    pub(crate) fn stop_with(&mut self, number: u8, reason: &str, grace: Duration) {
+        if self.kill_by.is_none() && self.command.end().is_none() {
+            info!(reason, "ending the command");
+            let grace_ms = u64::try_from(grace.as_millis()).unwrap_or(u64::MAX);
+            let signal = signal::name(number).into_owned();
+            self.herald.tell(Event::Stopping(Stopping { reason: reason.into(), signal, grace_ms }));
+        }
+        self.command.pass_on(number);
+        let kill = Instant::now() + grace;
+        let kill = self.kill_by.map_or(kill, |at| at.min(kill));
+        self.kill_by = Some(kill);
+        self.plan = match self.plan {
+            Plan::GiveUp(at) => Plan::GiveUp(at),
+            Plan::Settle(at) => Plan::Settle(at.min(kill)),
+            Plan::Kill(_) | Plan::Nothing => Plan::Kill(kill),
+        };
+        if self.settled && self.config.leftovers != Leftovers::Leave {
+            self.command.signal_everybody(Signal::TERM);
+        }
+    }
+
+    fn handle_plan(&mut self, held: &[Held]) {
+        let now = Instant::now();
+        self.plan = match self.plan {
+            Plan::Nothing => Plan::Nothing,
+            Plan::Settle(_) => self.settle(held, now),
+            Plan::Kill(_) if self.command.end().is_none() => {
+                warn!("the grace period is over; killing the command's processes");
+                self.command.signal(Signal::KILL);
+                Plan::GiveUp(now + AFTER_KILL)
+            }
+            Plan::Kill(_) if command::has_descendants() => {
+                warn!("the grace period is over; killing what the command has left behind");
+                self.kill();
+                Plan::GiveUp(now + AFTER_KILL)
+            }
+            Plan::Kill(_) | Plan::GiveUp(_) => {
+                self.give_up = self.command.end().is_some();
+                if self.give_up && command::has_descendants() {
+                    self.kill(); // those who were forked meanwhile, or had left the group
+                }
+                Plan::Nothing
+            }
+        };
+    }
+
+    fn kill(&self) {
+        if self.config.leftovers == Leftovers::Leave {
+            self.command.signal(Signal::KILL);
+        } else {
+            self.command.signal_everybody(Signal::KILL);
+        }
+    }
+
+    /// Those who outlived the command have had their time.
+    fn settle(&mut self, held: &[Held], now: Instant) -> Plan {
+        let first = !std::mem::replace(&mut self.settled, true);
+        let any = command::has_descendants();
+        if first && (any || !held.is_empty()) {
+            self.report(held);
+        }
+        match self.config.leftovers {
+            _ if !any => {
+                self.give_up = true; // a stranger holds the output, if anybody does
+                Plan::Nothing
+            }
+            Leftovers::Leave => {
+                self.give_up = true;
+                self.kill_by.map_or(Plan::Nothing, Plan::Kill)
+            }
+            Leftovers::Wait if self.kill_by.is_none() => Plan::Nothing,
+            Leftovers::Terminate | Leftovers::Wait => {
+                self.command.signal_everybody(Signal::TERM);
+                let kill = now + self.config.grace;
+                let kill = self.kill_by.map_or(kill, |at| at.min(kill));
+                self.kill_by = Some(kill);
+                Plan::Kill(kill)
+            }
+        }
+    }
+
+    fn report(&self, held: &[Held]) {
+        let found = command::leftovers(held);
+        let holders = found.iter().flat_map(|process| process.holds.iter().map(move |stream| (stream, process)));
+        for (stream, process) in holders.take(NAMED) {
+            warn!("{} held open by {}", stream.name(), shown(process));
+        }
+        let quiet: Vec<_> = found.iter().filter(|process| process.holds.is_empty()).map(shown).take(NAMED).collect();
+        if !quiet.is_empty() {
+            warn!("processes of the command are still running after its end: {}", quiet.join(", "));
+        } else if found.is_empty() {
+            warn!("processes that cannot be seen are still running after the command's end");
+        }
+        info!(policy = self.config.leftovers.name(), "what the command has left behind is looked after");
+        self.herald.tell(Event::Leftovers(Remaining {
+            policy: self.config.leftovers.name().into(),
+            total: found.len() as u64,
+            processes: found.into_iter().take(NAMED).collect(),
+        }));
+    }
+}
+
+fn shown(process: &Process) -> String {
+    format!("pid {} ({})", process.pid, process.name)
+}
+
+/// Pending for ever without a channel.
+pub(crate) async fn recv(cancels: &mut Option<mpsc::Receiver<Cancel>>) -> Option<Cancel> {
+    match cancels {
+        Some(cancels) => cancels.recv().await,
+        None => std::future::pending().await,
+    }
+}
+
+fn soonest(a: Option<Instant>, b: Option<Instant>) -> Option<Instant> {
+    a.into_iter().chain(b).min()
+}
