@@ -8,7 +8,13 @@ mod signals;
 mod source;
 mod unix;
 
-use std::{ffi::OsString, io, os::unix::process::CommandExt, path::Path, time::Duration};
+use std::{
+    ffi::{OsStr, OsString},
+    io,
+    os::unix::process::CommandExt,
+    path::Path,
+    time::Duration,
+};
 
 use phonehome_proto::{
     event::Process,
@@ -99,18 +105,13 @@ impl Command {
         environment: &[(&str, OsString)],
         reaper: &Reaper,
     ) -> Result<Self, End> {
-        let (program, arguments) = command.split_first().expect("the command line requires a command");
-        let mut process = std::process::Command::new(program);
-        process.args(arguments).envs(environment.iter().map(|(name, value)| (name, value)));
+        let program = command.first().expect("the command line requires a command");
         let leads_session = matches!(output, Output::Terminal(_));
         let memory = OomKills::before();
-        let prepared = user.map_or(Ok(()), |user| become_user(&mut process, user, &output));
-        let child = prepared.and_then(|()| {
-            output.attach(&mut process)?;
-            process.spawn()
-        });
-        let child = child.map_err(|error| not_started(&program.to_string_lossy(), &error))?;
-        let leader = Pid::from_raw(child.id().cast_signed()).expect("a child's process id is positive");
+        let plain = user.is_none() && !leads_session;
+        let started =
+            if plain { start(command, &output, environment) } else { start_as(command, output, user, environment) };
+        let leader = started.map_err(|error| not_started(&program.to_string_lossy(), &error))?;
         let (started, status) = (Instant::now(), reaper.watch(leader));
         let (end, ended, has_terminal) = (None, None, false);
         let mut command = Self { leader, status, end, started, ended, memory, has_terminal, leads_session };
@@ -271,6 +272,38 @@ pub(crate) fn leftovers(held: &[Held]) -> Vec<Process> {
         found.extend(descendants::holders(held, myself));
     }
     found
+}
+
+/// Starts a command as it is.
+fn start(command: &[OsString], output: &Output, environment: &[(&str, OsString)]) -> io::Result<Pid> {
+    let mut variables = std::env::vars_os().map(|(name, value)| variable(&name, &value)).collect::<Vec<_>>();
+    variables.extend(environment.iter().map(|(name, value)| variable(OsStr::new(name), value)));
+    unix::spawn(command, &variables, output.ends())
+}
+
+fn variable(name: &OsStr, value: &OsStr) -> OsString {
+    let mut variable = name.to_owned();
+    variable.push("=");
+    variable.push(value);
+    variable
+}
+
+/// Starts a command on a terminal or as another user, which takes steps between fork and exec.
+fn start_as(
+    command: &[OsString],
+    output: Output,
+    user: Option<User>,
+    environment: &[(&str, OsString)],
+) -> io::Result<Pid> {
+    let (program, arguments) = command.split_first().ok_or(io::ErrorKind::InvalidInput)?;
+    let mut process = std::process::Command::new(program);
+    process.args(arguments).envs(environment.iter().map(|(name, value)| (name, value)));
+    if let Some(user) = user {
+        become_user(&mut process, user, &output)?;
+    }
+    output.attach(&mut process)?;
+    let child = process.spawn()?;
+    Ok(Pid::from_raw(child.id().cast_signed()).expect("a child's process id is positive"))
 }
 
 /// Only root can; the pipes or the terminal become the user's, who may open them again by `/dev/stdout`.

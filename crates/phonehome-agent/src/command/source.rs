@@ -56,13 +56,17 @@ impl Output {
         Ok(())
     }
 
+    /// What becomes standard output and standard error, if they are not just this process's own.
+    pub(super) fn ends(&self) -> Option<[BorrowedFd<'_>; 2]> {
+        match self {
+            Self::Inherited => None,
+            Self::Pipes(stdout, stderr) => Some([stdout.as_fd(), stderr.as_fd()]),
+            Self::Terminal(terminal) => Some([terminal.as_fd(), terminal.as_fd()]),
+        }
+    }
+
     pub(super) fn descriptors(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        let (first, second) = match self {
-            Self::Inherited => (None, None),
-            Self::Pipes(stdout, stderr) => (Some(stdout.as_fd()), Some(stderr.as_fd())),
-            Self::Terminal(terminal) => (Some(terminal.as_fd()), None),
-        };
-        first.into_iter().chain(second)
+        self.ends().into_iter().flatten()
     }
 }
 

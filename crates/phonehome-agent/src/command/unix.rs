@@ -3,11 +3,12 @@
 #![expect(unsafe_code, reason = "each call is documented with why it is sound")]
 
 use std::{
-    ffi::{CStr, c_char, c_int},
-    io, mem,
+    ffi::{CStr, CString, OsString, c_char, c_int, c_short},
+    io,
+    mem::{self, MaybeUninit},
     os::{
-        fd::{FromRawFd, OwnedFd, RawFd},
-        unix::process::CommandExt,
+        fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+        unix::{ffi::OsStrExt, process::CommandExt},
     },
     process::Command,
     ptr,
@@ -24,13 +25,14 @@ use zeroize::Zeroizing;
 ///
 /// A blocked signal waits, also for a PID 1, which otherwise would never see one without a handler.
 pub(super) fn block_signals() -> io::Result<OwnedFd> {
-    // SAFETY: sigset_t and sigaction are plain data for which zeroes are valid; every pointer is to a local that
-    // outlives its call. No handler is installed, so no code runs in a signal's context.
+    // SAFETY: for sigset_t and the kernel's sigaction, which are plain data, zeroes are valid and mean the default; every
+    // pointer is to a local that outlives its call and is large enough. No handler is installed, so no code runs in a
+    // signal's context.
     unsafe {
-        let mut default: libc::sigaction = mem::zeroed();
-        default.sa_sigaction = libc::SIG_DFL;
+        // Not by way of the libc, which denies that it has two of its own. It fails for KILL and STOP only.
+        let default = [0u64; KERNEL_SIGACTION];
         for number in 1..=LAST_SIGNAL {
-            libc::sigaction(number, &raw const default, ptr::null_mut()); // fails for KILL, STOP and those of the libc
+            libc::syscall(libc::SYS_rt_sigaction, number, default.as_ptr(), ptr::null_mut::<u64>(), KERNEL_SIGSET);
         }
         let mut all: libc::sigset_t = mem::zeroed();
         libc::sigfillset(&raw mut all);
@@ -42,6 +44,12 @@ pub(super) fn block_signals() -> io::Result<OwnedFd> {
 
 /// The highest signal number of Linux, generic numbering (signal(7), `SIGRTMAX`).
 const LAST_SIGNAL: c_int = 64;
+
+/// Size of the kernel's `struct sigaction` on 64-bit machines, in words: handler, flags, restorer, mask.
+const KERNEL_SIGACTION: usize = 4;
+
+/// Size of the kernel's signal set, bytes (rt_sigaction(2), `sigsetsize`).
+const KERNEL_SIGSET: usize = 8;
 
 /// pthread_sigmask(3) returns its error.
 fn check(error: c_int) -> io::Result<()> {
@@ -61,23 +69,102 @@ pub(super) fn signal(number: u8) -> Option<Signal> {
     (1..=LAST_SIGNAL).contains(&c_int::from(number)).then(|| unsafe { Signal::from_raw_unchecked(number.into()) })
 }
 
-/// Has the child begin with no signal blocked and, if it `leads_session`, in a session of its own, whose controlling
-/// terminal is its standard output. That must be a terminal then.
+/// Has a child that the standard library will start begin with no signal blocked and, if it `leads_session`, in a
+/// session of its own, whose controlling terminal is its standard output. That must be a terminal then.
 pub(super) fn prepare_child(process: &mut Command, leads_session: bool) {
     let prepare = move || {
         if leads_session {
             rustix::process::setsid()?;
             rustix::process::ioctl_tiocsctty(rustix::stdio::stdout())?;
         }
-        // SAFETY: as in `block_signals`.
-        unsafe {
-            let none: libc::sigset_t = mem::zeroed();
-            check(libc::pthread_sigmask(libc::SIG_SETMASK, &raw const none, ptr::null_mut()))
-        }
+        let none = no_signals();
+        // SAFETY: the pointer is to a local.
+        check(unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const none, ptr::null_mut()) })
     };
     // SAFETY: between fork and exec it makes a few system calls, allocates nothing and takes no lock.
     unsafe {
         process.pre_exec(prepare);
+    }
+}
+
+fn no_signals() -> libc::sigset_t {
+    // SAFETY: sigset_t is plain data for which zeroes are valid: the empty set.
+    unsafe { mem::zeroed() }
+}
+
+/// The two signals below the first real-time one: glibc's posix_spawn ignores them in the child unless they are asked for,
+/// which sigaddset(3) refuses to do.
+fn kept_by_libc() -> libc::sigset_t {
+    const KEPT: u64 = 1 << 31 | 1 << 32;
+    let mut set = no_signals();
+    // SAFETY: a sigset_t is at least as large as the kernel's 64 bits, which are its beginning (sigset_t in either libc).
+    unsafe { (&raw mut set).cast::<u64>().write_unaligned(KEPT) };
+    set
+}
+
+/// Starts a program in a process group of its own with no signal blocked, without a copy of this process in between
+/// (posix_spawn(3)): that would cost more than all the rest of a short supervision. `outputs` become its standard output and
+/// standard error; without them it has this process's.
+pub(super) fn spawn(
+    command: &[OsString],
+    environment: &[OsString],
+    outputs: Option<[BorrowedFd<'_>; 2]>,
+) -> io::Result<Pid> {
+    let arguments = Strings::new(command)?;
+    let variables = Strings::new(environment)?;
+    let program = *arguments.pointers.first().ok_or(io::ErrorKind::InvalidInput)?;
+    let mut attributes = MaybeUninit::uninit();
+    let mut actions = MaybeUninit::uninit();
+    let mut child = 0;
+    let none = no_signals();
+    let kept_by_libc = kept_by_libc();
+    // SAFETY: both objects are initialised before anything else is done with them and destroyed once; none of the calls
+    // keeps a pointer beyond its return but those to copies that the objects own. The lists of strings end with a null
+    // pointer and outlive the call.
+    unsafe {
+        check(libc::posix_spawnattr_init(attributes.as_mut_ptr()))?;
+        let mut attributes = attributes.assume_init();
+        check(libc::posix_spawn_file_actions_init(actions.as_mut_ptr()))?;
+        let mut actions = actions.assume_init();
+        let flags = libc::POSIX_SPAWN_SETSIGMASK | libc::POSIX_SPAWN_SETSIGDEF | libc::POSIX_SPAWN_SETPGROUP;
+        let mut result = check(libc::posix_spawnattr_setflags(&raw mut attributes, flags as c_short))
+            .and_then(|()| check(libc::posix_spawnattr_setpgroup(&raw mut attributes, 0)))
+            .and_then(|()| check(libc::posix_spawnattr_setsigmask(&raw mut attributes, &raw const none)))
+            .and_then(|()| check(libc::posix_spawnattr_setsigdefault(&raw mut attributes, &raw const kept_by_libc)));
+        for (output, at) in outputs.iter().flatten().zip([libc::STDOUT_FILENO, libc::STDERR_FILENO]) {
+            result = result
+                .and_then(|()| check(libc::posix_spawn_file_actions_adddup2(&raw mut actions, output.as_raw_fd(), at)));
+        }
+        let result = result.and_then(|()| {
+            check(libc::posix_spawnp(
+                &raw mut child,
+                program,
+                &raw const actions,
+                &raw const attributes,
+                arguments.pointers.as_ptr().cast(),
+                variables.pointers.as_ptr().cast(),
+            ))
+        });
+        libc::posix_spawn_file_actions_destroy(&raw mut actions);
+        libc::posix_spawnattr_destroy(&raw mut attributes);
+        result?;
+    }
+    Pid::from_raw(child).ok_or_else(|| io::ErrorKind::Other.into())
+}
+
+/// Strings as a program gets them: pointers that end with a null pointer.
+struct Strings {
+    pointers: Vec<*const c_char>,
+    /// What they point to.
+    _strings: Vec<CString>,
+}
+
+impl Strings {
+    fn new(strings: &[OsString]) -> io::Result<Self> {
+        let strings: Vec<CString> =
+            strings.iter().map(|string| CString::new(string.as_bytes())).collect::<Result<_, _>>()?;
+        let pointers = strings.iter().map(|string| string.as_ptr()).chain([ptr::null()]).collect();
+        Ok(Self { pointers, _strings: strings })
     }
 }
 

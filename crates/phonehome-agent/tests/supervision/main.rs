@@ -1,10 +1,17 @@
 //! The agent as a process: what it exits with, what it passes on, what it cleans up. No server is needed for that.
 
+mod child;
+mod death;
+mod leftovers;
+mod signals;
+mod support;
+mod terminal;
+
 use std::{
     io::{BufRead, BufReader, Read},
     net::TcpListener,
-    os::{fd::OwnedFd, unix::process::ExitStatusExt},
-    process::{Child, Command, Output, Stdio},
+    os::fd::OwnedFd,
+    process::{Command, Output, Stdio},
     time::Duration,
 };
 
@@ -23,6 +30,8 @@ use tokio_tungstenite::tungstenite::{
     self,
     handshake::server::{ErrorResponse, Request, Response},
 };
+
+use support::{AGENT, Running, UNREACHABLE, agent, run, signal, skipped, start, stderr};
 
 #[test]
 fn the_exit_code_is_the_commands() {
@@ -268,48 +277,6 @@ fn a_cancel_before_the_start_means_never_started_and_the_server_is_told() {
     assert!(matches!(server.join().unwrap(), End::NotStarted { code: 143, .. }));
 }
 
-const AGENT: &str = env!("CARGO_BIN_EXE_phonehome-agent");
-
-/// A server that is not there: port 9 of loopback refuses.
-const UNREACHABLE: &[&str] = &["--url", "ws://127.0.0.1:9", "--build", "b"];
-
-fn agent(arguments: &[&str]) -> Command {
-    let mut command = Command::new(AGENT);
-    command.args(arguments).stdin(Stdio::null());
-    for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("PHONEHOME_")) {
-        command.env_remove(name);
-    }
-    command
-}
-
-fn run(command: &[&str]) -> Output {
-    agent(&["--"]).args(command).output().expect("the agent can be run")
-}
-
-/// Killed when the test is over, whatever its end.
-struct Running(Child);
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        drop(self.0.kill()); // it has ended already in a test that passed
-        drop(self.0.wait());
-    }
-}
-
-fn start(command: &mut Command) -> Running {
-    Running(command.stdout(Stdio::piped()).spawn().expect("the agent can be run"))
-}
-
-fn signal(agent: &Running, name: &str) {
-    let status =
-        Command::new("kill").args([&format!("-{name}"), &agent.0.id().to_string()]).status().expect("kill can be run");
-    assert!(status.success() || status.signal().is_none());
-}
-
-fn stderr(output: &Output) -> String {
-    String::from_utf8_lossy(&output.stderr).into_owned()
-}
-
 /// The agent with a server that is not there, for at most 20 s.
 fn limited(arguments: &[&str]) -> Output {
     let mut command = Command::new("timeout");
@@ -383,9 +350,4 @@ fn say(frame: &ServerFrame) -> tungstenite::Message {
         Message::Binary(wire) => tungstenite::Message::Binary(wire),
         Message::Text(text) => panic!("not binary: {text}"),
     }
-}
-
-#[expect(clippy::print_stderr, reason = "a test that did not run says so")]
-fn skipped(reason: &str) {
-    eprintln!("skipped: {reason}");
 }

@@ -1,0 +1,70 @@
+//! An agent to start, to signal and to look at.
+
+use std::{
+    io::{BufRead, BufReader, Lines},
+    os::unix::process::ExitStatusExt,
+    process::{Child, ChildStdout, Command, Output, Stdio},
+};
+
+pub(crate) const AGENT: &str = env!("CARGO_BIN_EXE_phonehome-agent");
+
+/// A server that is not there: port 9 of loopback refuses.
+pub(crate) const UNREACHABLE: &[&str] = &["--url", "ws://127.0.0.1:9", "--build", "b"];
+
+pub(crate) fn agent(arguments: &[&str]) -> Command {
+    let mut command = Command::new(AGENT);
+    command.args(arguments).stdin(Stdio::null());
+    for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("PHONEHOME_")) {
+        command.env_remove(name);
+    }
+    command
+}
+
+pub(crate) fn run(command: &[&str]) -> Output {
+    agent(&["--"]).args(command).output().expect("the agent can be run")
+}
+
+/// Killed when the test is over, whatever its end.
+pub(crate) struct Running(pub(crate) Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        drop(self.0.kill()); // it has ended already in a test that passed
+        drop(self.0.wait());
+    }
+}
+
+pub(crate) fn start(command: &mut Command) -> Running {
+    Running(command.stdout(Stdio::piped()).spawn().expect("the agent can be run"))
+}
+
+pub(crate) fn signal(agent: &Running, name: &str) {
+    let status =
+        Command::new("kill").args([&format!("-{name}"), &agent.0.id().to_string()]).status().expect("kill can be run");
+    assert!(status.success() || status.signal().is_none());
+}
+
+pub(crate) fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+#[expect(clippy::print_stderr, reason = "a test that did not run says so")]
+pub(crate) fn skipped(reason: &str) {
+    eprintln!("skipped: {reason}");
+}
+
+/// Lines of the agent's standard output, as they come.
+pub(crate) fn lines(agent: &mut Running) -> Lines<BufReader<ChildStdout>> {
+    BufReader::new(agent.0.stdout.take().expect("its output is a pipe")).lines()
+}
+
+/// Runs it for at most 30 s.
+pub(crate) fn bounded(arguments: &[&str]) -> Output {
+    let mut command = Command::new("timeout");
+    command.args(["-s", "KILL", "30", AGENT]).args(arguments);
+    command.stdin(Stdio::null()).output().expect("the agent can be run")
+}
+
+pub(crate) fn stdout(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
