@@ -15,6 +15,7 @@ pub mod line;
 pub mod log;
 mod outbox;
 pub mod recorder;
+pub mod redact;
 mod run;
 mod spool;
 mod supervisor;
