@@ -3,6 +3,10 @@
 //! A block is read into a buffer that becomes record, message and tee source at once. What was read goes out at once;
 //! when blocks come in quick succession the next read waits a moment, so that line-sized writes gather in the pipe
 //! instead of costing a message each. A lone line never waits.
+//!
+//! With secrets to redact, what was read is masked on its way into that buffer, and only what was masked goes on.
+
+mod masking;
 
 use std::{io, os::fd::AsFd, time::Duration};
 
@@ -12,9 +16,12 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::{sync::watch, time::Instant};
 use tracing::warn;
 
+use self::masking::Masking;
 use crate::{
     command::{PIPE_SIZE, Source, Sources},
+    config::Redaction,
     console::{Copier, STALLED},
+    outbox::expiry,
     recorder::Recorder,
 };
 
@@ -23,6 +30,7 @@ pub(crate) struct Capture {
     sources: [Option<Source>; 2],
     recorder: Recorder,
     copier: Option<Copier>,
+    masking: Option<Masking>,
     /// When output was last seen, for heartbeats.
     last_output: watch::Sender<Instant>,
     waivers: watch::Receiver<Waivers>,
@@ -66,6 +74,7 @@ impl Capture {
         sources: Sources,
         recorder: Recorder,
         copier: Option<Copier>,
+        redaction: Option<Redaction>,
         last_output: watch::Sender<Instant>,
         waivers: watch::Receiver<Waivers>,
     ) -> Self {
@@ -74,6 +83,7 @@ impl Capture {
             sources,
             recorder,
             copier,
+            masking: redaction.map(Masking::new),
             last_output,
             waivers,
             turns: [Stream::Stdout, Stream::Stderr],
@@ -94,6 +104,7 @@ impl Capture {
                 tokio::time::sleep(PAUSE).await;
             }
         }
+        self.finish_masking().await;
         Captured { recorder: self.recorder, copier: self.copier }
     }
 
@@ -101,6 +112,7 @@ impl Capture {
     /// for.
     async fn readable(&mut self) -> Option<Stream> {
         loop {
+            let held_until = self.poll_masking().await;
             let writers_waived = self.waivers.borrow_and_update().writers;
             if writers_waived && !self.holds_bytes() {
                 return None;
@@ -116,16 +128,14 @@ impl Capture {
                 () = readable(source(sources, second)) => return Some(second),
                 () = recorder.attend() => {}
                 () = waived(waivers, |waivers| waivers.writers), if !writers_waived => {}
+                () = expiry(held_until) => {}
             }
         }
     }
 
-    /// Whether a pipe has something to read at this moment, asked of the system: the runtime may not know yet.
+    /// Whether a pipe has something to read at this moment.
     fn holds_bytes(&self) -> bool {
-        self.sources.iter().flatten().any(|source| {
-            let mut polled = [PollFd::from_borrowed_fd(source.as_fd(), PollFlags::IN)];
-            poll(&mut polled, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
-        })
+        self.sources.iter().flatten().any(holds_bytes)
     }
 
     /// Waits until the recorder takes one more block.
@@ -152,7 +162,7 @@ impl Capture {
             Ok(0) => self.sources[at] = None,
             Ok(count) => {
                 self.rest[at] -= if draining { count } else { 0 };
-                self.pass_on(stream, buffer.split()).await;
+                self.deliver(stream, buffer).await;
                 return Some(count == room || !gathers);
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
@@ -162,6 +172,46 @@ impl Capture {
             }
         }
         None
+    }
+
+    /// Passes on what the buffer holds, which is free afterwards.
+    async fn deliver(&mut self, stream: Stream, buffer: &mut BytesMut) {
+        match &mut self.masking {
+            None => self.pass_on(stream, buffer.split()).await,
+            Some(masking) => {
+                masking.mask(stream, &buffer[HEADROOM..], Instant::now());
+                self.pass_on_masked().await;
+            }
+        }
+    }
+
+    async fn pass_on_masked(&mut self) {
+        while let Some((stream, block)) = self.masking.as_mut().and_then(Masking::next) {
+            self.room().await;
+            self.pass_on(stream, block).await;
+        }
+    }
+
+    /// Passes on what has been held back for long enough, though not while its other half waits in the pipe: this task
+    /// may have waited for room meanwhile. Says when there is more of it.
+    async fn poll_masking(&mut self) -> Option<Instant> {
+        let masking = self.masking.as_mut()?;
+        if masking.deadline()? <= Instant::now() {
+            let sources = &self.sources;
+            masking.poll(Instant::now(), |stream| source(sources, stream).is_some_and(holds_bytes));
+            self.pass_on_masked().await;
+        }
+        self.masking.as_ref()?.deadline()
+    }
+
+    /// Passes on what is still held back, and tells what was redacted.
+    async fn finish_masking(&mut self) {
+        let Some(masking) = &mut self.masking else { return };
+        [Stream::Stdout, Stream::Stderr].into_iter().for_each(|stream| masking.finish(stream));
+        if let Some(account) = masking.account() {
+            self.recorder.herald().tell(account);
+        }
+        self.pass_on_masked().await;
     }
 
     async fn pass_on(&mut self, stream: Stream, block: BytesMut) {
@@ -181,6 +231,12 @@ impl Capture {
 
 fn source(sources: &[Option<Source>; 2], stream: Stream) -> Option<&Source> {
     sources[usize::from(stream.number())].as_ref()
+}
+
+/// Whether there is something to read, or an end. Asked of the system: the runtime may not know yet.
+fn holds_bytes(source: &impl AsFd) -> bool {
+    let mut polled = [PollFd::from_borrowed_fd(source.as_fd(), PollFlags::IN)];
+    poll(&mut polled, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
 }
 
 /// Never completes without a source.
@@ -221,7 +277,11 @@ mod tests {
     use std::sync::Arc;
 
     use phonehome_env::Env;
-    use phonehome_proto::frame::End;
+    use phonehome_proto::{
+        event::{self, Event},
+        frame::End,
+        tally::Tally,
+    };
     use tokio::io::AsyncWriteExt;
 
     use tokio::net::unix::pipe::Receiver;
@@ -231,6 +291,7 @@ mod tests {
         config::{OnOffline, Overflow},
         outbox::Outbox,
         recorder::Policy,
+        redact::{self, Redactor},
     };
 
     #[tokio::test]
@@ -282,7 +343,7 @@ mod tests {
         let writer = tokio::spawn(async move { while stdout.write_all(&[b'x'; MAX_PAYLOAD]).await.is_ok() {} });
         let (_waive, waivers) = watch::channel(Waivers { writers: true, ..Waivers::default() });
         let outbox = Arc::new(Outbox::new(8 << 20));
-        while !capture_is_readable(&out) {
+        while !holds_bytes(&out) {
             tokio::task::yield_now().await;
         }
         let captured = tokio::time::timeout(PATIENCE, capture(out, None, &outbox, waivers).run()).await.unwrap();
@@ -305,11 +366,76 @@ mod tests {
         assert_eq!(outbox.look(|sender| sender.finished().unwrap().counts.stdout.bytes), 4);
     }
 
+    #[tokio::test]
+    async fn a_secret_in_two_writes_is_masked_in_the_records_and_in_the_digest() {
+        let (mut stdout, out) = tokio::net::unix::pipe::pipe().unwrap();
+        let (mut stderr, err) = tokio::net::unix::pipe::pipe().unwrap();
+        let outbox = Arc::new(Outbox::new(8 << 20));
+        let (_waive, waivers) = watch::channel(Waivers::default());
+        let mut capture = capture(out, Some(err), &outbox, waivers);
+        capture.masking = Some(Masking::new(redaction("hunter22")));
+        let mut output = capture.last_output.subscribe();
+        let capture = tokio::spawn(capture.run());
+        stdout.write_all(b"password: hunt").await.unwrap();
+        output.changed().await.unwrap();
+        stdout.write_all(b"er22\nhunt").await.unwrap();
+        stderr.write_all(b"hunter2").await.unwrap();
+        drop((stdout, stderr));
+        let recorder = capture.await.unwrap().recorder;
+        recorder.finish(End::Exited(0), None);
+        let records: Vec<_> =
+            outbox.look(|sender| sender.peek(0, usize::MAX)).into_iter().map(|it| it.record).collect();
+        let of = |stream| -> Vec<u8> {
+            records.iter().filter(|record| record.stream == stream).flat_map(|record| record.payload.to_vec()).collect()
+        };
+        assert_eq!(of(Stream::Stdout), b"password: [redacted]\nhunt");
+        assert_eq!(of(Stream::Stderr), b"hunter2", "the beginning of a secret is none");
+        let event = Event::Redaction(event::Redaction { values: 1, replaced: 1 });
+        assert_eq!(of(Stream::Event), event.payload());
+        let mut tally = Tally::default();
+        records.iter().for_each(|record| tally.add(record));
+        let finished = outbox.look(|sender| sender.finished().cloned()).unwrap();
+        assert_eq!((finished.digest, finished.counts), (tally.digest(), tally.counts()));
+    }
+
+    #[tokio::test]
+    async fn a_prompt_that_begins_like_a_secret_shows_after_a_moment() {
+        let (mut stdout, out) = tokio::net::unix::pipe::pipe().unwrap();
+        let outbox = Arc::new(Outbox::new(8 << 20));
+        let (_waive, waivers) = watch::channel(Waivers::default());
+        let mut capture = capture(out, None, &outbox, waivers);
+        capture.masking = Some(Masking::new(redaction("password1")));
+        let capture = tokio::spawn(capture.run());
+        stdout.write_all(b"password").await.unwrap();
+        let start = Instant::now();
+        tokio::time::timeout(PATIENCE, outbox.filled()).await.unwrap();
+        assert!(start.elapsed() >= redact::IDLE);
+        drop(stdout);
+        assert_eq!(capture.await.unwrap().recorder.tally().counts().stdout.bytes, 8);
+    }
+
+    #[tokio::test]
+    async fn a_secret_whose_end_waits_in_the_pipe_is_masked_however_late_it_is_read() {
+        let (mut stdout, out) = tokio::net::unix::pipe::pipe().unwrap();
+        let outbox = Arc::new(Outbox::new(8 << 20));
+        let (_waive, waivers) = watch::channel(Waivers::default());
+        let mut capture = capture(out, None, &outbox, waivers);
+        let mut masking = Masking::new(redaction("hunter22"));
+        masking.mask(Stream::Stdout, b"hunt", Instant::now() - 2 * redact::IDLE);
+        capture.masking = Some(masking);
+        stdout.write_all(b"er22").await.unwrap();
+        assert!(capture.poll_masking().await.unwrap() > Instant::now());
+        drop(stdout);
+        capture.run().await;
+        let first = outbox.look(|sender| sender.peek(0, 1));
+        assert_eq!(first[0].record.payload, redact::MARKER.as_bytes());
+    }
+
     const PATIENCE: Duration = Duration::from_secs(20);
 
-    fn capture_is_readable(pipe: &Receiver) -> bool {
-        let mut polled = [PollFd::from_borrowed_fd(pipe.as_fd(), PollFlags::IN)];
-        poll(&mut polled, Some(&Timespec::default())).unwrap() > 0
+    fn redaction(value: &str) -> Redaction {
+        let values = [value.as_bytes().to_vec().into()];
+        Redaction { redactor: Redactor::new(values).unwrap().unwrap(), is_asked_for: true }
     }
 
     /// Of the first two records.
@@ -329,6 +455,6 @@ mod tests {
             Policy { overflow: Overflow::Block, offline_limit: None, on_offline: OnOffline::Continue, ring: 1 << 20 };
         let recorder = Recorder::new(Env::real(), outbox.clone(), policy);
         let sources = Sources { stdout: Source::Pipe(stdout), stderr: stderr.map(Source::Pipe) };
-        Capture::new(sources, recorder, None, last_output, waivers)
+        Capture::new(sources, recorder, None, None, last_output, waivers)
     }
 }

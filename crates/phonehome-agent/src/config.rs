@@ -2,10 +2,16 @@
 
 mod address;
 mod args;
+mod redact;
 mod secret;
 mod supervision;
 
-use std::{ffi::OsString, io, path::PathBuf, time::Duration};
+use std::{
+    ffi::{OsStr, OsString},
+    io,
+    path::PathBuf,
+    time::Duration,
+};
 
 use bytesize::ByteSize;
 use phonehome_proto::{
@@ -17,6 +23,7 @@ use zeroize::Zeroizing;
 pub use self::{
     address::{Address, Proxy, ProxySettings},
     args::{Args, Level, Limit, OnOffline, Overflow, Start, Switch, explain, parse},
+    redact::{Origin, RedactArgs, RedactError, Redaction},
     secret::Secret,
     supervision::{Leftovers, Notice, Rewrites, Supervision, SupervisionArgs, User, Window},
 };
@@ -42,6 +49,8 @@ pub struct Config {
     pub spool: SpoolConfig,
     /// Whether a log that was not delivered complete is a failure.
     pub require_delivery: bool,
+    /// What its output may not show.
+    pub redaction: Option<Redaction>,
 }
 
 /// What becomes of output that the server has not confirmed.
@@ -86,19 +95,26 @@ pub struct Trust {
     pub client: Option<(PathBuf, PathBuf)>,
 }
 impl Config {
-    /// Checks what was typed.
+    /// Checks what was typed. `variable` reads the environment.
     ///
     /// # Errors
     ///
     /// With the first thing that is wrong, and what to do about it.
-    pub fn try_from_args(args: Args, proxy: &ProxySettings) -> Result<Self, ConfigError> {
+    pub fn try_from_args(
+        args: Args,
+        proxy: &ProxySettings,
+        variable: impl Fn(&OsStr) -> Option<OsString>,
+    ) -> Result<Self, ConfigError> {
         let spool = SpoolConfig::try_from_args(&args)?;
         let supervision = Supervision::try_from_args(&args.supervision, args.merge)?;
         supervision.check(args.linger);
         if args.require_delivery && args.url.is_none() {
             return Err(ConfigError::NowhereToDeliver);
         }
+        let home = args.url.as_deref().map(|url| Home::try_from_args(url, &args, proxy)).transpose()?;
+        let own_token = home.as_ref().and_then(|home| home.token.as_ref());
         Ok(Self {
+            redaction: Redaction::try_from_args(&args.redact, own_token, variable)?,
             tee: args.tee == Switch::On,
             merge: args.merge,
             supervision,
@@ -107,7 +123,7 @@ impl Config {
             spool,
             require_delivery: args.require_delivery,
             command: args.command.clone(),
-            home: args.url.as_deref().map(|url| Home::try_from_args(url, &args, proxy)).transpose()?,
+            home,
         })
     }
 }
@@ -116,7 +132,8 @@ impl Config {
     /// Whether the output has to be read even if it goes nowhere.
     #[must_use]
     pub fn looks_at_output(&self) -> bool {
-        self.merge || self.supervision.pty.is_some()
+        let redacts = self.redaction.as_ref().is_some_and(|redaction| redaction.is_asked_for);
+        redacts || self.merge || self.supervision.pty.is_some()
     }
 }
 
@@ -225,6 +242,9 @@ pub enum ConfigError {
     /// A size for a terminal, and no terminal.
     #[error("--pty-size needs --pty (or PHONEHOME_PTY)")]
     SizeWithoutTerminal,
+    /// A value cannot be redacted.
+    #[error(transparent)]
+    Redact(#[from] RedactError),
     /// Hardly a record would fit.
     #[error("--spool-memory {0} is too small, use 256KiB or more")]
     SmallMemory(ByteSize),
@@ -265,7 +285,7 @@ mod tests {
             (&["--url", "ws://h", "--build", "b", "--token-file", "/nowhere", "--", "x"], "/nowhere"),
         ] {
             let args = Args::try_parse_from(std::iter::once(&"agent").chain(args)).unwrap();
-            let failure = Config::try_from_args(args, &ProxySettings::default()).unwrap_err();
+            let failure = Config::try_from_args(args, &ProxySettings::default(), |_| None).unwrap_err();
             assert!(failure.to_string().contains(expected), "{failure}");
         }
     }

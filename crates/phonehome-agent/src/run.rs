@@ -205,7 +205,7 @@ impl Log {
             self.line.as_ref().map_or_else(|| watch::Sender::new(Instant::now()), |line| line.last_output.clone());
         let (waivers, waivers_rx) = watch::channel(Waivers::default());
         let held = sources.held();
-        let capture = Capture::new(sources, recorder, copier, last_output, waivers_rx);
+        let capture = Capture::new(sources, recorder, copier, config.redaction.clone(), last_output, waivers_rx);
         Ok(Some(Capturing { task: tokio::spawn(capture.run()), waivers, held }))
     }
 

@@ -10,7 +10,7 @@ use std::{
 use bytesize::ByteSize;
 use clap::{CommandFactory, FromArgMatches, Parser, ValueEnum, builder::Resettable, error::ErrorKind};
 
-use super::{Secret, supervision::SupervisionArgs};
+use super::{RedactArgs, Secret, supervision::SupervisionArgs};
 use crate::{failure::EXIT_FAILURE, log::Format};
 
 /// Runs a build command, streams its output to a phonehome server and exits as the command did.
@@ -134,6 +134,10 @@ pub struct Args {
     /// Exit with 125 when the server has not accepted the complete log. Otherwise delivery never changes the exit code
     #[arg(long, env = "PHONEHOME_REQUIRE_DELIVERY", value_parser = clap::builder::FalseyValueParser::new(), help_heading = "Delivery")]
     pub require_delivery: bool,
+
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "clap would make it the help text of the whole")]
+    pub redact: RedactArgs,
 
     /// Form of the agent's own log, on standard error
     #[arg(long, env = "PHONEHOME_LOG_FORMAT", value_name = "FORMAT", default_value = "text", help_heading = "Own log")]

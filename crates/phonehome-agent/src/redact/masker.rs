@@ -60,10 +60,12 @@ impl Masker {
         self.deadline
     }
 
-    /// Writes what is held back when its time has come.
-    pub fn poll(&mut self, now: Instant, write: &mut impl FnMut(&[u8])) {
-        if self.deadline.is_some_and(|deadline| deadline <= now) {
-            self.finish(write);
+    /// Writes what is held back when its time has come. While more is `at_hand` that was only not read yet, it stays.
+    pub fn poll(&mut self, now: Instant, at_hand: bool, write: &mut impl FnMut(&[u8])) {
+        match self.deadline {
+            Some(deadline) if deadline <= now && at_hand => self.deadline = Some(now + IDLE),
+            Some(deadline) if deadline <= now => self.finish(write),
+            Some(_) | None => {}
         }
     }
 

@@ -81,8 +81,9 @@ fn word(letters: &'static [u8], len: std::ops::Range<usize>) -> impl Strategy<Va
 
 /// Patterns, a text made of their parts and noise, and where it is split.
 fn long_texts() -> impl Strategy<Value = (Vec<Vec<u8>>, Vec<u8>, Vec<bool>)> {
-    let patterns = prop::collection::vec(word(b"abc", 6..40), 1..6);
-    patterns.prop_flat_map(|patterns| {
+    let patterns = prop::collection::vec(word(b"abc", 8..40), 1..6);
+    patterns.prop_flat_map(|mut patterns| {
+        patterns.push(patterns[0][1..patterns[0].len() - 1].to_vec()); // within another
         let part = (0..patterns.len(), any::<prop::sample::Index>(), any::<prop::sample::Index>()).prop_map({
             let patterns = patterns.clone();
             move |(which, a, b)| {
@@ -253,10 +254,12 @@ async fn what_may_begin_a_secret_is_written_once_nothing_follows_it() {
     masker.mask(b"your pass", start, &mut write);
     masker.mask(b"word", start + IDLE / 2, &mut write);
     assert_eq!(masker.deadline(), Some(start + IDLE / 2 + IDLE));
-    masker.poll(start + IDLE, &mut write);
-    masker.poll(start + IDLE / 2 + IDLE, &mut write);
+    masker.poll(start + IDLE, false, &mut write);
+    masker.poll(start + IDLE / 2 + IDLE, true, &mut write);
+    assert_eq!(masker.deadline(), Some(start + IDLE / 2 + 2 * IDLE), "more has come already");
+    masker.poll(start + IDLE / 2 + 2 * IDLE, false, &mut write);
     assert_eq!(masker.deadline(), None);
-    masker.mask(b"1 ", start + 2 * IDLE, &mut write);
+    masker.mask(b"1 ", start + 3 * IDLE, &mut write);
     assert_eq!((masker.replaced(), &*output), (0, &b"your password1 "[..]));
 }
 
@@ -303,8 +306,13 @@ fn masking_is_fast() {
         (0..5).map(|at| blake3::hash(&[at]).as_bytes()[..10 + 4 * usize::from(at)].to_vec()).map(token).collect();
     let line = "   Compiling some-crate v1.2.3 (/workspace/src/some-crate)\n[ 42%] Building CXX object lib/main.cc.o\n";
     let noise: String = (0..500u32).map(|at| format!("{}{line}", blake3::hash(&at.to_le_bytes()).to_hex())).collect();
-    for (name, values) in [("tokens", values), ("a short one", vec![b"secret".to_vec()])] {
+    let key = token((0..40u32).flat_map(|at| *blake3::hash(&at.to_le_bytes()).as_bytes()).collect());
+    let key = key.chunks(64).collect::<Vec<_>>().join(&b'\n');
+    let with_key = [values.as_slice(), &[key]].concat();
+    for (name, values) in [("tokens", values), ("tokens and a key", with_key), ("short", vec![b"secret".to_vec()])] {
         let redactor = redactor(&values.iter().map(Vec::as_slice).collect::<Vec<_>>());
+        let size: usize = values.iter().map(|value| forms::size(&forms::of(value))).sum();
+        println!("{name}: {size} bytes of forms");
         for (kind, text) in [("build output", line.repeat(700)), ("with digests", noise.clone())] {
             let mut masker = Masker::new(&redactor);
             let mut output = Vec::with_capacity(2 * text.len());
