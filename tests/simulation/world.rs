@@ -11,7 +11,7 @@ use std::{
 use bytes::BytesMut;
 use phonehome_agent::{
     Delivery,
-    config::{Address, Home, Secret, SpoolConfig, Trust},
+    config::{Address, Home, LabelsConfig, Secret, SpoolConfig, Trust},
     line::Line,
 };
 use phonehome_env::{Env, Nature, Workers};
@@ -511,6 +511,7 @@ fn home() -> Home {
         step: "main".parse().unwrap(),
         token: Some(Secret::new(TOKEN.into())),
         trust: Trust::default(),
+        labels: LabelsConfig::default(),
     }
 }
 

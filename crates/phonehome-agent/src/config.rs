@@ -2,6 +2,7 @@
 
 mod address;
 mod args;
+mod labels;
 mod redact;
 mod secret;
 mod supervision;
@@ -23,6 +24,7 @@ use zeroize::Zeroizing;
 pub use self::{
     address::{Address, Proxy, ProxySettings},
     args::{Args, Level, Limit, OnOffline, Overflow, Start, Switch, explain, parse},
+    labels::{LabelList, LabelsArgs, LabelsConfig},
     redact::{Origin, RedactArgs, RedactError, Redaction},
     secret::Secret,
     supervision::{Leftovers, Notice, Rewrites, Supervision, SupervisionArgs, User, Window},
@@ -83,6 +85,8 @@ pub struct Home {
     pub token: Option<Secret>,
     /// How to know the server.
     pub trust: Trust,
+    /// What the build is called besides, for those who look for it.
+    pub labels: LabelsConfig,
 }
 /// How to know the server, and be known to it. Ignored for `ws://`.
 #[derive(Debug, Default)]
@@ -135,6 +139,13 @@ impl Config {
         let redacts = self.redaction.as_ref().is_some_and(|redaction| redaction.is_asked_for);
         redacts || self.merge || self.supervision.pty.is_some()
     }
+
+    /// Adds what the variables of a pod tell about it to the labels.
+    #[must_use]
+    pub fn identified(mut self, variable: impl Fn(&str) -> Option<String>) -> Self {
+        self.home = self.home.map(|home| Home { labels: home.labels.identified(variable), ..home });
+        self
+    }
 }
 
 impl SpoolConfig {
@@ -165,6 +176,7 @@ impl Home {
             step: args.step.as_deref().map_or(Ok(StepName::default()), str::parse).map_err(name("--step"))?,
             token: token(args)?,
             trust: Trust::try_from_args(args)?,
+            labels: args.labels.clone().into(),
         })
     }
 }

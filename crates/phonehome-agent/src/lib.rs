@@ -11,6 +11,7 @@ pub mod console;
 pub mod failure;
 mod gate;
 mod herald;
+mod labels;
 pub mod line;
 pub mod log;
 mod outbox;
@@ -20,6 +21,7 @@ mod run;
 mod spool;
 mod supervisor;
 mod uplink;
+mod watch;
 
 pub use command::{Blocked, take_token};
 pub use run::run;

@@ -17,6 +17,7 @@ use tracing::{debug, error, warn};
 use crate::{
     config::{Home, SpoolConfig},
     failure::Failure,
+    labels::Labeller,
     outbox::Outbox,
     recorder::{Policy, Recorder},
     spool::{LEAVE, Place, Remains, Spooling},
@@ -28,6 +29,7 @@ use crate::{
 pub struct Line {
     outbox: Arc<Outbox>,
     uplink: JoinHandle<Delivery>,
+    labeller: Option<JoinHandle<()>>,
     spooling: Option<(Place, Spooling)>,
     /// How the delivery ended, once it has.
     delivery: Option<Delivery>,
@@ -49,7 +51,6 @@ impl Line {
     pub async fn open(env: &Env, home: Home, config: &SpoolConfig) -> Result<(Self, Recorder), Failure> {
         let mut producer = [0; 16];
         env.nature.fill(&mut producer)?;
-        let identity = Identity { build: home.build, step: home.step, producer: ProducerId(producer) };
         let outbox = Arc::new(Outbox::new(config.memory));
         let policy = Policy {
             overflow: config.overflow,
@@ -58,6 +59,9 @@ impl Line {
             ring: config.memory / RING_SHARE,
         };
         let mut recorder = Recorder::new(env.clone(), outbox.clone(), policy);
+        let (labels, labeller) = Labeller::open(env, home.labels, recorder.herald()).await;
+        let labeller = labeller.map(|labeller| tokio::spawn(labeller.run()));
+        let identity = Identity { build: home.build, step: home.step, producer: ProducerId(producer), labels };
         let place = open_place(env, config, &identity).await;
         let mut left = Vec::new();
         let mut spooling = None;
@@ -86,7 +90,8 @@ impl Line {
         };
         let uplink = tokio::spawn(uplink.run());
         let (cancels, delivery) = (Some(cancels), None);
-        Ok((Self { outbox, uplink, spooling, delivery, welcomed, command, cancels, last_output }, recorder))
+        let line = Self { outbox, uplink, labeller, spooling, delivery, welcomed, command, cancels, last_output };
+        Ok((line, recorder))
     }
 
     /// Waits until the server has accepted the end, or never will. Cancel safe.
@@ -135,6 +140,7 @@ impl Line {
 impl Drop for Line {
     fn drop(&mut self) {
         self.uplink.abort();
+        self.labeller.iter().for_each(JoinHandle::abort);
     }
 }
 

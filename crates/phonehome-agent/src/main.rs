@@ -19,8 +19,10 @@ fn main() -> ExitCode {
     };
     let console = Console::default();
     phonehome_agent::log::init(args.log_format, args.log_level, console.clone());
-    let proxy = ProxySettings::read(|name| std::env::var(name).ok());
+    let variable = |name: &str| std::env::var(name).ok();
+    let proxy = ProxySettings::read(variable);
     let result = Config::try_from_args(args, &proxy, |name| std::env::var_os(name))
+        .map(|config| config.identified(variable))
         .map_err(Failure::from)
         .and_then(|config| phonehome_agent::run(config, &console, signals?));
     let code = result.unwrap_or_else(|failure| {

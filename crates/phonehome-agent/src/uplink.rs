@@ -5,7 +5,7 @@ mod socket;
 #[cfg(feature = "tls")]
 mod tls;
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use phonehome_env::Env;
 use phonehome_proto::{
@@ -25,7 +25,7 @@ use tracing::{debug, info, warn};
 
 pub(crate) use self::dial::Dialler;
 use self::socket::{Incoming, Socket, SocketError};
-use crate::{outbox::Outbox, spool::Left};
+use crate::{labels::Labels, outbox::Outbox, spool::Left};
 
 /// Delivers outboxes to the server, for as long as that takes.
 pub(crate) struct Uplink {
@@ -48,6 +48,8 @@ pub(crate) struct Identity {
     pub(crate) build: BuildId,
     pub(crate) step: StepName,
     pub(crate) producer: ProducerId,
+    /// As they are at the moment.
+    pub(crate) labels: watch::Receiver<Labels>,
 }
 
 impl Identity {
@@ -59,7 +61,7 @@ impl Identity {
             producer: self.producer,
             oldest,
             next,
-            labels: BTreeMap::new(),
+            labels: (**self.labels.borrow()).clone(),
             agent: concat!("phonehome-agent/", env!("CARGO_PKG_VERSION")).into(),
             capabilities: Vec::new(),
         }

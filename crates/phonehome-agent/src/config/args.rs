@@ -10,7 +10,7 @@ use std::{
 use bytesize::ByteSize;
 use clap::{CommandFactory, FromArgMatches, Parser, ValueEnum, builder::Resettable, error::ErrorKind};
 
-use super::{RedactArgs, Secret, supervision::SupervisionArgs};
+use super::{LabelsArgs, RedactArgs, Secret, supervision::SupervisionArgs};
 use crate::{failure::EXIT_FAILURE, log::Format};
 
 /// Runs a build command, streams its output to a phonehome server and exits as the command did.
@@ -81,8 +81,8 @@ pub struct Args {
     #[arg(long, env = "PHONEHOME_MERGE", value_parser = clap::builder::FalseyValueParser::new(), help_heading = "Output")]
     pub merge: bool,
 
-    /// How it is run and ended.
     #[command(flatten)]
+    #[expect(missing_docs, reason = "clap would make it the help text of the whole")]
     pub supervision: SupervisionArgs,
 
     /// How long to stay after the command's end until the server has accepted its log
@@ -138,6 +138,10 @@ pub struct Args {
     #[command(flatten)]
     #[expect(missing_docs, reason = "clap would make it the help text of the whole")]
     pub redact: RedactArgs,
+
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "clap would make it the help text of the whole")]
+    pub labels: LabelsArgs,
 
     /// Form of the agent's own log, on standard error
     #[arg(long, env = "PHONEHOME_LOG_FORMAT", value_name = "FORMAT", default_value = "text", help_heading = "Own log")]
