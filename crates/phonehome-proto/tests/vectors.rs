@@ -195,12 +195,59 @@ fn the_document_has_the_limits_of_the_code() {
 }
 
 #[test]
+fn the_events_in_the_document_are_those_of_the_code() {
+    let blocks = blocks(WIRE);
+    let examples: Vec<_> = blocks.iter().filter(|(info, _)| *info == "json event").map(|(_, body)| body).collect();
+    let events: Vec<_> = examples.iter().map(|body| Event::parse(body.as_bytes()).expect(body)).collect();
+    for (event, body) in events.iter().zip(&examples) {
+        assert_eq!(str::from_utf8(&event.payload()), Ok(body.as_str()), "with its members in the order of the code");
+        let heading = format!("\n#### `{}`: ", event_name(event));
+        assert_eq!(WIRE.matches(&heading).count(), 1, "{heading}");
+    }
+    let documented: BTreeSet<_> = events.iter().map(event_name).collect();
+    assert_eq!(documented, EVENTS.into());
+}
+
+#[test]
 fn the_document_has_the_close_codes_of_the_code() {
     let written: Vec<(u16, bool)> = rows(WIRE)
         .filter_map(|row| row[0].parse().ok().filter(|number| *number >= 4000).map(|number| (number, row[1] == "yes")))
         .collect();
     let known: Vec<_> = (4000..5000).filter(|number| CloseCode::from_number(*number).is_some()).collect();
     assert_eq!(written, known.into_iter().map(|number| (number, is_fatal(number))).collect::<Vec<_>>());
+}
+
+/// Every event. A new one needs an arm below, a word here and a place in the document.
+const EVENTS: [&str; 12] = [
+    "born",
+    "cancelled",
+    "error",
+    "gap",
+    "labels",
+    "leftovers",
+    "ready",
+    "redaction",
+    "stopping",
+    "terminated",
+    "took-over",
+    "waiting",
+];
+
+fn event_name(event: &Event) -> &'static str {
+    match event {
+        Event::Born(_) => "born",
+        Event::Cancelled(_) => "cancelled",
+        Event::Error(_) => "error",
+        Event::Gap(_) => "gap",
+        Event::Labels(_) => "labels",
+        Event::Leftovers(_) => "leftovers",
+        Event::Ready(_) => "ready",
+        Event::Redaction(_) => "redaction",
+        Event::Stopping(_) => "stopping",
+        Event::Terminated(_) => "terminated",
+        Event::TookOver(_) => "took-over",
+        Event::Waiting(_) => "waiting",
+    }
 }
 
 const VECTORS: &str = include_str!("../vectors/v1.json");
