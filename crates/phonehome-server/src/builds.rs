@@ -1,5 +1,6 @@
 //! Which builds are known, who waits for them, and the log of each as one stream.
 
+mod ends;
 mod log;
 pub(crate) mod state;
 

@@ -55,11 +55,12 @@ mod listener;
 mod server;
 mod store;
 mod tasks;
+mod words;
 
 pub use builds::{BuildLog, Clock, Clocks, LogItem, LogRecord, Outcome, StepLog, Verdict};
 pub use identity::IdentityError;
 pub use phonehome_proto::{
-    frame::{End, Record, Stream},
+    frame::{End, Record, Stream, Usage},
     id::{BuildId, Digest, StepName},
 };
 pub use server::{Config, ExpectError, Expected, ExpectedBuild, Refusals, Server, StartError};

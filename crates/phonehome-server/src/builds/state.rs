@@ -9,11 +9,13 @@
 use std::{collections::BTreeMap, fmt, time::Duration};
 
 use phonehome_proto::{
-    frame::{Cancel, Counts, End, Finished, FinishedAck},
+    frame::{Cancel, Counts, End, Finished, FinishedAck, Usage},
     id::{Attempt, Digest, StepName},
 };
 use serde::Serialize;
 use tokio::time::Instant;
+
+use super::ends::{StepFile, Told};
 
 /// Time limits of a build. `None` is no limit.
 #[derive(Debug, Clone)]
@@ -109,6 +111,7 @@ pub struct Verdict {
 
 /// What is stored of a step at the end of its build: of its newest attempt, which is the one that counts.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(into = "StepFile")]
 pub struct StepLog {
     /// The step.
     pub step: StepName,
@@ -125,6 +128,10 @@ pub struct StepLog {
     /// How often the agent's connection was cut, or fell silent, and came back before the end. A server that was started
     /// again counts from then on.
     pub cuts: u64,
+    /// How its command ended; `None` when that never arrived.
+    pub end: Option<End>,
+    /// What its command used, where the agent's system tells.
+    pub usage: Option<Usage>,
 }
 
 /// `verdict.json`.
@@ -181,27 +188,6 @@ impl fmt::Display for Outcome {
     }
 }
 
-/// An end in words.
-struct Told<'a>(&'a End);
-
-impl fmt::Display for Told<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.0 {
-            End::Exited(code) => write!(f, "exit code {code}"),
-            End::NotStarted { code, reason } => write!(f, "{reason} (exit code {code})"),
-            End::Signalled { signal, oom: true, .. } => {
-                write!(f, "out of memory, killed by signal {signal} (exit code {})", self.0.code())
-            }
-            End::Signalled { signal, core: true, .. } => {
-                write!(f, "killed by signal {signal}, core dumped (exit code {})", self.0.code())
-            }
-            End::Signalled { signal, .. } => {
-                write!(f, "killed by signal {signal} (exit code {})", self.0.code())
-            }
-        }
-    }
-}
-
 /// The life of one build.
 #[derive(Debug)]
 pub(crate) struct Life {
@@ -223,7 +209,7 @@ enum Step {
     Awaited,
     Connected,
     Away { since: Instant },
-    Finished { end: End, counts: Counts, digest: Digest, answer: FinishedAck, confirmed: bool },
+    Finished { end: End, usage: Option<Usage>, counts: Counts, digest: Digest, answer: FinishedAck, confirmed: bool },
 }
 
 /// Connections of the newest attempt that came in place of one before them.
@@ -328,7 +314,16 @@ impl Life {
         let (counts, digest) = told.unwrap_or((counts, digest));
         let (records, bytes) = (counts.records(), counts.output_bytes());
         let cuts = self.cuts.get(step).filter(|cuts| cuts.attempt == attempt).map_or(0, |cuts| cuts.count);
-        StepLog { step: step.clone(), attempt, complete, records, bytes, digest, cuts }
+        let (end, usage) = self.told_end(step);
+        StepLog { step: step.clone(), attempt, complete, records, bytes, digest, cuts, end, usage }
+    }
+
+    /// How the agent says that a step's command has ended.
+    fn told_end(&self, step: &StepName) -> (Option<End>, Option<Usage>) {
+        match self.steps.get(step) {
+            Some(Step::Finished { end, usage, .. }) => (Some(end.clone()), *usage),
+            Some(Step::Awaited | Step::Connected | Step::Away { .. }) | None => (None, None),
+        }
     }
 
     /// Whether any agent has ever said hello.
@@ -388,8 +383,8 @@ impl Life {
         now: Instant,
     ) -> Action {
         if let Some(state @ (Step::Awaited | Step::Connected | Step::Away { .. })) = self.steps.get_mut(step) {
-            let Finished { end, counts, digest, .. } = finished;
-            *state = Step::Finished { end, counts, digest, answer, confirmed: false };
+            let Finished { end, usage, counts, digest, .. } = finished;
+            *state = Step::Finished { end, usage, counts, digest, answer, confirmed: false };
             self.waiting = now;
         }
         self.settle()
@@ -624,7 +619,7 @@ mod tests {
             serde_json::json!({
                 "verdict": "failed", "step": "main", "end": {"exited": 3}, "complete": true, "incomplete": null,
                 "steps": [{"step": "main", "attempt": 1, "complete": true, "records": 3, "bytes": 30, "digest": digest,
-                    "cuts": 0}],
+                    "cuts": 0, "exit_code": 3, "signal": null, "core": false, "oom": false, "reason": null, "usage": null}],
             })
         );
     }

@@ -124,6 +124,6 @@ mod tests {
 
     fn log(step: &str, bytes: u64, cuts: u64) -> StepLog {
         let (step, digest) = (step.parse().unwrap(), Digest([7; 32]));
-        StepLog { step, attempt: 1, complete: true, records: 321, bytes, digest, cuts }
+        StepLog { step, attempt: 1, complete: true, records: 321, bytes, digest, cuts, end: None, usage: None }
     }
 }
