@@ -3,6 +3,7 @@
 mod address;
 mod launcher;
 mod lock;
+mod news;
 mod outlet;
 mod printer;
 mod pusher;

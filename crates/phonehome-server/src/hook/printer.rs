@@ -7,11 +7,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use phonehome_proto::{
-    event::{Event, Fault, Gap, TookOver, Waiting},
-    frame::Stream,
-    id::StepName,
-};
+use phonehome_proto::{event::Event, frame::Stream, id::StepName};
 use rustix::stdio;
 use tokio::{
     sync::{mpsc, oneshot},
@@ -20,6 +16,7 @@ use tokio::{
 };
 
 use super::{
+    news::News,
     outlet::{Outlet, Unread},
     pusher,
     screen::{Screen, Source, Target},
@@ -67,6 +64,7 @@ pub(super) struct Printer {
     last_output: Instant,
     last_line: Instant,
     attempts: std::collections::BTreeMap<StepName, u32>,
+    news: News,
 }
 
 impl Printer {
@@ -86,6 +84,7 @@ impl Printer {
             last_output: now,
             last_line: now,
             attempts: std::collections::BTreeMap::new(),
+            news: News::default(),
         }
     }
 
@@ -174,45 +173,16 @@ impl Printer {
         }
         let now = Instant::now();
         if record.stream == Stream::Event {
-            self.show_event(step, &record.payload);
+            let event = Event::parse(&record.payload);
+            if let Some(line) = event.and_then(|event| self.news.line(step, *attempt, &event)) {
+                self.own_line(&line);
+            }
         } else {
             self.last_output = now;
             self.last_line = now;
             self.screen.show(Source::Build(step.clone(), record.stream.into()), &record.payload, now);
         }
         record.payload.len()
-    }
-
-    fn show_event(&mut self, step: &StepName, payload: &[u8]) {
-        match Event::parse(payload) {
-            Some(Event::Gap(Gap { stream, bytes, cause })) => {
-                let stream = Source::Build(step.clone(), stream.into()).describe();
-                self.own_line(&format!("{bytes} bytes of {stream} are missing here: {}", cause.escape_debug()));
-            }
-            Some(Event::TookOver(TookOver { finished: false, .. })) => {
-                self.own_line("the attempt before it was cut off, its last output may be missing");
-            }
-            Some(Event::Waiting(Waiting { r#for })) if !r#for.is_empty() => {
-                self.own_line(&format!("{step} waits for {}", r#for.join(", ").escape_debug()));
-            }
-            Some(Event::Error(Fault { reason, .. })) => {
-                self.own_line(&format!("{step}: {}", reason.escape_debug()));
-            }
-            // Facts for those who read the log later; the output and the verdict say what a pusher has to know.
-            Some(
-                Event::TookOver(TookOver { finished: true, .. })
-                | Event::Waiting(_)
-                | Event::Born(_)
-                | Event::Ready(_)
-                | Event::Stopping(_)
-                | Event::Cancelled(_)
-                | Event::Leftovers(_)
-                | Event::Terminated(_)
-                | Event::Redaction(_)
-                | Event::Labels(_),
-            )
-            | None => {}
-        }
     }
 
     fn show_notice(&mut self, notice: Notice) {
@@ -240,16 +210,6 @@ impl Printer {
     fn keep_alive(&mut self) {
         let silence = self.last_output.elapsed().as_secs();
         self.own_line(&format!("still building, {silence} s without output"));
-    }
-}
-
-impl Source {
-    fn describe(&self) -> String {
-        match self {
-            Self::Build(step, Target::Stdout) => format!("stdout of step {step}"),
-            Self::Build(step, Target::Stderr) => format!("stderr of step {step}"),
-            Self::Launcher => "the launcher's output".into(),
-        }
     }
 }
 
