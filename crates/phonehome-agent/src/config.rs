@@ -5,6 +5,7 @@ mod args;
 mod labels;
 mod redact;
 mod secret;
+mod siblings;
 mod supervision;
 
 use std::{
@@ -27,6 +28,10 @@ pub use self::{
     labels::{LabelList, LabelsArgs, LabelsConfig},
     redact::{Origin, RedactArgs, RedactError, Redaction},
     secret::Secret,
+    siblings::{
+        BirthDep, ExpectedExits, ExpectedExitsError, Pattern, Probe, ProbeError, ReadyWhen, SiblingName, SiblingsArgs,
+        SiblingsConfig, Stage, WaitFor,
+    },
     supervision::{Leftovers, Notice, Rewrites, Supervision, SupervisionArgs, User, Window},
 };
 
@@ -53,6 +58,8 @@ pub struct Config {
     pub require_delivery: bool,
     /// What its output may not show.
     pub redaction: Option<Redaction>,
+    /// What is done about the other containers of the pod.
+    pub siblings: SiblingsConfig,
 }
 
 /// What becomes of output that the server has not confirmed.
@@ -126,6 +133,7 @@ impl Config {
             start: args.start,
             spool,
             require_delivery: args.require_delivery,
+            siblings: SiblingsConfig::try_from_args(&args.siblings)?,
             command: args.command.clone(),
             home,
         })
@@ -257,6 +265,14 @@ pub enum ConfigError {
     /// A value cannot be redacted.
     #[error(transparent)]
     Redact(#[from] RedactError),
+    /// A container cannot depend on itself.
+    #[error("{option} names {name}, which is this container itself (--name)")]
+    OwnDependency {
+        /// The option it was given with.
+        option: &'static str,
+        /// The name.
+        name: SiblingName,
+    },
     /// Hardly a record would fit.
     #[error("--spool-memory {0} is too small, use 256KiB or more")]
     SmallMemory(ByteSize),

@@ -10,7 +10,11 @@ use std::{
 use bytesize::ByteSize;
 use clap::{CommandFactory, FromArgMatches, Parser, ValueEnum, builder::Resettable, error::ErrorKind};
 
-use super::{LabelsArgs, RedactArgs, Secret, supervision::SupervisionArgs};
+use super::{
+    LabelsArgs, RedactArgs, Secret,
+    siblings::{self, SiblingsArgs},
+    supervision::SupervisionArgs,
+};
 use crate::{failure::EXIT_FAILURE, log::Format};
 
 /// Runs a build command, streams its output to a phonehome server and exits as the command did.
@@ -143,6 +147,10 @@ pub struct Args {
     #[expect(missing_docs, reason = "clap would make it the help text of the whole")]
     pub labels: LabelsArgs,
 
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "clap would make it the help text of the whole")]
+    pub siblings: SiblingsArgs,
+
     /// Form of the agent's own log, on standard error
     #[arg(long, env = "PHONEHOME_LOG_FORMAT", value_name = "FORMAT", default_value = "text", help_heading = "Own log")]
     pub log_format: Format,
@@ -157,18 +165,41 @@ pub struct Args {
 }
 
 /// Reads a command line and the variables. An empty variable is one that is not set: manifests often have no other way
-/// to say so. `token` is what its variable said before it was taken away.
+/// to say so. Some have an alias, which is read when they are not set. `token` is what its variable said before it was
+/// taken away.
 ///
 /// # Errors
 ///
 /// When it is not one, or asks for help: see [`explain`].
 pub fn parse(line: impl IntoIterator<Item = OsString>, token: Option<Secret>) -> Result<Args, clap::Error> {
-    let is_empty = |name: &OsStr| std::env::var_os(name).is_some_and(|value| value.is_empty());
-    let mut command = Args::command()
-        .mut_args(|arg| if arg.get_env().is_some_and(is_empty) { arg.env(Resettable::Reset) } else { arg });
+    let mut command = Args::command().mut_args(|arg| match arg.get_env().map(|own| source(own, std::env::var_os)) {
+        Some(Source::Alias(alias)) => arg.env(alias),
+        Some(Source::Nothing) => arg.env(Resettable::Reset),
+        Some(Source::Own) | None => arg,
+    });
     let matches = command.try_get_matches_from_mut(line)?;
     let args = Args::from_arg_matches(&matches).map_err(|usage| usage.format(&mut command))?;
     Ok(Args { token_variable: token, ..args })
+}
+
+/// Where the value of an option comes from that is not on the command line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Source {
+    /// From its variable.
+    Own,
+    /// From the variable of another program, because its own says nothing.
+    Alias(&'static str),
+    /// From nowhere: its variable is set to nothing.
+    Nothing,
+}
+
+pub(super) fn source<'a>(own: &'a OsStr, value_of: impl Fn(&'a OsStr) -> Option<OsString>) -> Source {
+    let is_set = |name| value_of(name).is_some_and(|value| !value.is_empty());
+    match siblings::alias(own) {
+        Some(alias) if !is_set(own) && is_set(OsStr::new(alias)) => Source::Alias(alias),
+        Some(_) | None if is_set(own) || value_of(own).is_none() => Source::Own,
+        Some(_) | None => Source::Nothing,
+    }
 }
 
 /// A time that can be added to the clock.
@@ -181,7 +212,7 @@ pub(super) fn duration(text: &str) -> Result<Duration, String> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limit(pub Option<Duration>);
 
-fn limit(text: &str) -> Result<Limit, String> {
+pub(super) fn limit(text: &str) -> Result<Limit, String> {
     if text == "off" { Ok(Limit(None)) } else { duration(text).map(|limit| Limit(Some(limit))) }
 }
 
