@@ -29,8 +29,8 @@ pub use self::{
     redact::{Origin, RedactArgs, RedactError, Redaction},
     secret::Secret,
     siblings::{
-        BirthDep, ExpectedExits, ExpectedExitsError, Pattern, Probe, ProbeError, ReadyWhen, SiblingName, SiblingsArgs,
-        SiblingsConfig, Stage, WaitFor,
+        BirthDep, ExpectedExits, ExpectedExitsError, List, Pattern, Probe, ProbeError, ReadyWhen, SiblingName,
+        SiblingsArgs, SiblingsConfig, Stage, WaitFor, WaitForError,
     },
     supervision::{Leftovers, Notice, Rewrites, Supervision, SupervisionArgs, User, Window},
 };

@@ -22,6 +22,7 @@ mod tombstone;
 
 use std::{
     ffi::OsString,
+    ops::ControlFlow,
     time::{Duration, UNIX_EPOCH},
 };
 
@@ -32,7 +33,7 @@ use phonehome_proto::{
 };
 use tokio::{
     sync::{oneshot, watch},
-    task::{AbortHandle, JoinSet},
+    task::JoinSet,
     time::Instant,
 };
 use tracing::{info, warn};
@@ -64,9 +65,11 @@ pub(crate) struct Siblings {
     output: Option<OutputWatch>,
     readiness: Option<Readiness>,
     notify: Option<OsString>,
-    asking: Option<AbortHandle>,
     waiting: Option<Wait>,
+    /// The tasks that look out and carve.
     tasks: JoinSet<()>,
+    /// Those that probe.
+    questions: JoinSet<()>,
 }
 
 /// How far a probe of [`SiblingsConfig::wait_for`] has come.
@@ -140,7 +143,7 @@ impl Siblings {
     /// Begins to look around and to probe. Never fails: what does not work is told to the `herald`, and in the agent's own
     /// log. `runner` is for probes that are commands.
     pub(crate) fn open(config: SiblingsConfig, env: &Env, herald: Option<Herald>, runner: SharedRunner) -> Self {
-        let mut tasks = JoinSet::new();
+        let (mut tasks, mut questions) = (JoinSet::new(), JoinSet::new());
         let graveyard = Graveyard::new(config.graveyard.clone());
         let scribe = config.name.clone().map(|name| {
             let (generation, herald) = (config.generation.clone(), herald.clone());
@@ -149,7 +152,7 @@ impl Siblings {
             scribe
         });
         let view = look_out(&config, env, graveyard, &mut tasks);
-        let probes = probe_all(&config, &runner, &mut tasks);
+        let probes = probe_all(&config, &runner, &mut questions);
         let mut siblings = Self {
             config,
             env: env.clone(),
@@ -161,9 +164,9 @@ impl Siblings {
             output: None,
             readiness: None,
             notify: None,
-            asking: None,
             waiting: None,
             tasks,
+            questions,
         };
         siblings.prepare_readiness();
         siblings
@@ -208,33 +211,41 @@ impl Siblings {
     ///
     /// When it shall not be started at all.
     pub(crate) async fn births(&mut self) -> Result<(), Unborn> {
-        let begun = self.waiting.get_or_insert_with(|| Wait { begun: Instant::now(), told: Vec::new() }).begun;
-        let (first_look, deadline) = (begun + FIRST_LOOK, self.config.birth_timeout.map(|limit| begun + limit));
+        self.waiting.get_or_insert_with(|| Wait { begun: Instant::now(), told: Vec::new() });
         loop {
-            let view = self.view.borrow_and_update().clone();
-            if let Some(death) = first_death(&self.config.death_deps, &view) {
-                return Err(Unborn::Death(death));
-            }
-            let missing = self.missing(&view);
-            let now = Instant::now();
-            let is_settled = now >= first_look || view.is_real && !self.probes.borrow().contains(&Probing::Untried);
-            if missing.is_empty() && is_settled {
-                return Ok(());
-            }
-            if !missing.is_empty() && deadline.is_some_and(|deadline| now >= deadline) {
-                return Err(Unborn::TimedOut(self.timed_out(&missing)));
-            }
-            if is_settled {
-                self.tell_waiting(&missing);
-            }
-            let next =
-                deadline.filter(|_| !missing.is_empty()).into_iter().chain((!is_settled).then_some(first_look)).min();
+            let next = match self.judge(Instant::now()) {
+                ControlFlow::Break(admission) => return admission,
+                ControlFlow::Continue(next) => next,
+            };
             tokio::select! {
                 () = changed(&mut self.view) => {}
                 () = changed(&mut self.probes) => {}
                 () = expiry(next) => {}
             }
         }
+    }
+
+    /// Whether the command may be started, or when to ask again at the latest.
+    fn judge(&mut self, now: Instant) -> ControlFlow<Result<(), Unborn>, Option<Instant>> {
+        let view = self.view.borrow_and_update().clone();
+        if let Some(death) = first_death(&self.config.death_deps, &view) {
+            return ControlFlow::Break(Err(Unborn::Death(death)));
+        }
+        let begun = self.waiting.as_ref().map_or(now, |waiting| waiting.begun);
+        let first_look = begun + FIRST_LOOK;
+        let is_known = view.is_real && !self.probes.borrow().contains(&Probing::Untried) || now >= first_look;
+        let missing = self.missing(&view);
+        if missing.is_empty() {
+            return if is_known { ControlFlow::Break(Ok(())) } else { ControlFlow::Continue(Some(first_look)) };
+        }
+        let deadline = self.config.birth_timeout.map(|limit| begun + limit);
+        if deadline.is_some_and(|deadline| now >= deadline) {
+            return ControlFlow::Break(Err(Unborn::TimedOut(self.timed_out(&missing))));
+        }
+        if is_known {
+            self.tell_waiting(&missing);
+        }
+        ControlFlow::Continue(deadline.into_iter().chain((!is_known).then_some(first_look)).min())
     }
 
     fn missing(&self, view: &View) -> Vec<Missing> {
@@ -281,20 +292,18 @@ impl Siblings {
             let news = Announcement { scribe: self.scribe.clone(), herald: self.herald.clone(), env: self.env.clone() };
             let by = self.config.ready_when.as_ref().map(ToString::to_string).unwrap_or_default();
             let runner = self.runner.clone();
-            self.asking = Some(self.tasks.spawn(async move {
+            self.questions.spawn(async move {
                 if readiness.reached(runner).await {
                     news.ready(by);
                 }
-            }));
+            });
         }
     }
 
     /// Tells the siblings that the command has ended, or will never be started, and waits until that is carved; for at most
     /// two seconds, should the graveyard be hung.
     pub(crate) async fn died(&mut self, end: &End, reason: Option<&str>) {
-        if let Some(asking) = self.asking.take() {
-            asking.abort();
-        }
+        self.questions.abort_all(); // nobody is left who could become ready, or be started
         let now = self.now();
         let Some(scribe) = &mut self.scribe else { return };
         scribe.carve(|stone| {
@@ -382,11 +391,15 @@ fn look_out(
 }
 
 /// Asks all that has to be there first.
-fn probe_all(config: &SiblingsConfig, runner: &SharedRunner, tasks: &mut JoinSet<()>) -> watch::Receiver<Vec<Probing>> {
+fn probe_all(
+    config: &SiblingsConfig,
+    runner: &SharedRunner,
+    questions: &mut JoinSet<()>,
+) -> watch::Receiver<Vec<Probing>> {
     let (probing, probes) = watch::channel(vec![Probing::Untried; config.wait_for.len()]);
     for (at, wait) in config.wait_for.iter().enumerate() {
         let (probe, runner, probing) = (wait.probe.clone(), runner.clone(), probing.clone());
-        tasks.spawn(async move {
+        questions.spawn(async move {
             let tell = |now: Probing| {
                 probing.send_if_modified(|all| {
                     let is_new = all[at] != now;

@@ -38,10 +38,10 @@ pub struct SiblingsArgs {
         long,
         env = "PHONEHOME_DEATH_DEPS",
         value_name = "NAME,...",
-        value_delimiter = ',',
+        value_parser = list::<SiblingName>(','),
         help_heading = "Siblings"
     )]
-    pub death_deps: Vec<SiblingName>,
+    pub death_deps: Vec<List<SiblingName>>,
 
     /// Signal that ends it then; KILL follows after the grace period [default: TERM]
     #[arg(long, env = "PHONEHOME_DEATH_SIGNAL", value_name = "SIGNAL", value_parser = death_signal, help_heading = "Siblings")]
@@ -56,16 +56,16 @@ pub struct SiblingsArgs {
         long,
         env = "PHONEHOME_BIRTH_DEPS",
         value_name = "NAME[:ready],...",
-        value_delimiter = ',',
+        value_parser = list::<BirthDep>(','),
         help_heading = "Siblings"
     )]
-    pub birth_deps: Vec<BirthDep>,
+    pub birth_deps: Vec<List<BirthDep>>,
 
     /// Start the command only when this probe passes, for what has no agent: tcp:[HOST:]PORT, http://HOST[:PORT]/PATH,
     /// unix:PATH, file:PATH (exists), content:PATH (is not empty) or exec:COMMAND. Can be given several times; in the
     /// variable each stands on a line of its own
-    #[arg(long, env = "PHONEHOME_WAIT_FOR", value_name = "NAME=PROBE", value_delimiter = '\n', value_parser = wait_for, help_heading = "Siblings")]
-    pub wait_for: Vec<WaitFor>,
+    #[arg(long, env = "PHONEHOME_WAIT_FOR", value_name = "NAME=PROBE", value_parser = list::<WaitFor>('\n'), help_heading = "Siblings")]
+    pub wait_for: Vec<List<WaitFor>>,
 
     /// How long to wait for all of them; off for no limit
     #[arg(long, env = "PHONEHOME_BIRTH_TIMEOUT", value_name = "TIME", default_value = "30s", value_parser = limit, help_heading = "Siblings")]
@@ -122,23 +122,48 @@ const GRAVEYARD: &str = "/graveyard";
 
 impl SiblingsConfig {
     pub(super) fn try_from_args(args: &SiblingsArgs) -> Result<Self, ConfigError> {
-        let births = args.birth_deps.iter().map(|dep| ("--birth-deps", &dep.name));
-        let deaths = args.death_deps.iter().map(|name| ("--death-deps", name));
-        if let Some((option, name)) = births.chain(deaths).find(|(_, name)| Some(*name) == args.name.as_ref()) {
-            return Err(ConfigError::OwnDependency { option, name: name.clone() });
-        }
-        Ok(Self {
+        let config = Self {
             name: args.name.clone(),
             graveyard: args.graveyard.clone().unwrap_or_else(|| GRAVEYARD.into()),
             generation: args.generation.clone(),
-            death_deps: args.death_deps.clone(),
+            death_deps: List::joined(&args.death_deps),
             death_signal: args.death_signal.unwrap_or(Signal::TERM),
             expected_exits: args.expected_exit.clone().unwrap_or_default(),
-            birth_deps: args.birth_deps.clone(),
-            wait_for: args.wait_for.clone(),
+            birth_deps: List::joined(&args.birth_deps),
+            wait_for: List::joined(&args.wait_for),
             birth_timeout: args.birth_timeout.0,
             ready_when: args.ready_when.clone(),
-        })
+        };
+        match config.own_dependency() {
+            Some((option, name)) => Err(ConfigError::OwnDependency { option, name }),
+            None => Ok(config),
+        }
+    }
+
+    /// Its last death would be taken for that of somebody else.
+    fn own_dependency(&self) -> Option<(&'static str, SiblingName)> {
+        let births = self.birth_deps.iter().map(|dep| ("--birth-deps", &dep.name));
+        let mut deps = births.chain(self.death_deps.iter().map(|name| ("--death-deps", name)));
+        let (option, name) = deps.find(|(_, name)| Some(*name) == self.name.as_ref())?;
+        Some((option, name.clone()))
+    }
+}
+
+/// Several values of one option. Blank ones are none: manifests leave ends of lines behind.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct List<T>(Vec<T>);
+
+impl<T: Clone> List<T> {
+    /// All of an option that was given several times.
+    fn joined(lists: &[Self]) -> Vec<T> {
+        lists.iter().flat_map(|list| list.0.iter().cloned()).collect()
+    }
+}
+
+fn list<T: FromStr<Err: fmt::Display>>(delimiter: char) -> impl Fn(&str) -> Result<List<T>, String> + Clone {
+    move |text| {
+        let items = text.split(delimiter).map(str::trim).filter(|item| !item.is_empty());
+        items.map(|item| item.parse().map_err(|error: T::Err| error.to_string())).collect::<Result<_, _>>().map(List)
     }
 }
 
@@ -192,11 +217,27 @@ pub struct WaitFor {
     pub probe: Probe,
 }
 
-fn wait_for(text: &str) -> Result<WaitFor, String> {
-    let (name, probe) = text.trim().split_once('=').ok_or("it needs the form NAME=PROBE, such as db=tcp:5432")?;
-    let name = name.parse().map_err(|error: NameError| error.to_string())?;
-    let probe = probe.parse().map_err(|error: ProbeError| error.to_string())?;
-    Ok(WaitFor { name, probe })
+/// Why a text does not say what to wait for.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum WaitForError {
+    /// What stands before the `=`.
+    #[error(transparent)]
+    BadName(#[from] NameError),
+    /// What stands after it.
+    #[error(transparent)]
+    BadProbe(#[from] ProbeError),
+    /// There is no `=`.
+    #[error("it needs the form NAME=PROBE, such as db=tcp:5432")]
+    NoName,
+}
+
+impl FromStr for WaitFor {
+    type Err = WaitForError;
+
+    fn from_str(text: &str) -> Result<Self, WaitForError> {
+        let (name, probe) = text.split_once('=').ok_or(WaitForError::NoName)?;
+        Ok(Self { name: name.parse()?, probe: probe.parse()? })
+    }
 }
 
 fn death_signal(text: &str) -> Result<Signal, String> {
@@ -229,11 +270,11 @@ mod tests {
             "--name=web",
             "--graveyard=/g",
             "--generation=7",
-            "--death-deps=main,other",
+            "--death-deps=main, other,\n",
             "--death-signal=int",
             "--expected-exit=0-3,SIGINT",
             "--birth-deps=db:ready,cache",
-            "--wait-for=a=tcp:1\nb=exec:sh -c 'x=1, y'",
+            "--wait-for=a=tcp:1\n\nb=exec:sh -c 'x=1, y'\n",
             "--wait-for=c=http://h/",
             "--birth-timeout=off",
             "--ready-when=output:^a,b\\.$",
@@ -255,7 +296,7 @@ mod tests {
         for (option, expected) in [
             ("--name=a/b", "may not stand in a name"),
             ("--name=..", "may not start with"),
-            ("--death-deps=a,,b", "may not be empty"),
+            ("--birth-deps=:ready", "may not be empty"),
             ("--birth-deps=a:born", "may not stand in a name"),
             ("--death-signal=SIGNOPE", "TERM, SIGINT, 15"),
             ("--expected-exit=SEGV", "SIGSEGV is a crash"),

@@ -1,6 +1,6 @@
 //! A pattern in the command's own output.
 
-use std::{fmt, mem, str::FromStr};
+use std::{fmt, str::FromStr};
 
 use phonehome_proto::frame::Stream;
 use regex::bytes::{Regex, RegexBuilder};
@@ -75,7 +75,9 @@ impl Line {
                 pattern.is_match(content(&rest[..rest.len().min(MAX_LINE)]))
             } else {
                 self.push(rest);
-                pattern.is_match(content(&mem::take(&mut self.start)))
+                let is_match = pattern.is_match(content(&self.start));
+                self.start.clear();
+                is_match
             };
             if is_match {
                 return true;
