@@ -344,7 +344,8 @@ mod tests {
     fn parse(options: &[&str]) -> Result<SiblingsConfig, String> {
         let line = ["agent"].iter().chain(options).chain(&["--", "x"]);
         let args = AllArgs::try_parse_from(line).map_err(|usage| usage.to_string())?;
-        let config = Config::try_from_args(args, &ProxySettings::default()).map_err(|error| error.to_string())?;
+        let config =
+            Config::try_from_args(args, &ProxySettings::default(), |_| None).map_err(|error| error.to_string())?;
         Ok(config.siblings)
     }
 }

@@ -174,7 +174,9 @@ mod tests {
         let graveyard = Graveyard::new(dir.path().join("made/for it"));
         let stone = Tombstone { born: Some("2026-11-21T08:58:44Z".into()), ..Tombstone::default() };
         graveyard.carve(&name("web"), &stone, 1).unwrap();
+        let before = rustix::process::umask(Mode::from_raw_mode(0o077));
         graveyard.carve(&name("web"), &stone, 2).unwrap();
+        rustix::process::umask(before);
         assert_eq!(graveyard.find(&name("web")), Some(Found::Tombstone(stone)));
         assert_eq!(graveyard.find(&name("db")), None);
         let mode = std::fs::metadata(graveyard.path().join("web")).unwrap().permissions().mode();

@@ -180,6 +180,23 @@ async fn a_death_while_it_runs_is_told_once() {
     assert!(timeout(Duration::from_millis(100), deaths.next()).await.is_err(), "one is enough");
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_death_is_the_last_word() {
+    let pod = Pod::new();
+    let sign = pod.dir.path().join("ready.sign");
+    let ready_when = Some(format!("file:{}", sign.display()).parse().unwrap());
+    let (mut siblings, mut news) = pod.open(SiblingsConfig { ready_when, ..named("web") });
+    siblings.born();
+    siblings.died(&End::Exited(0), None).await;
+    let last = pod.tombstone("web").unwrap();
+    std::fs::write(sign, "").unwrap();
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    assert!(news.try_recv().is_err(), "it became ready after its end");
+    siblings.born();
+    siblings.died(&End::Exited(1), None).await;
+    assert_eq!(pod.tombstone("web"), Some(last));
+}
+
 #[tokio::test]
 async fn two_agents_find_each_other() {
     let pod = Pod::new();
