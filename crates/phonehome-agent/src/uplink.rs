@@ -139,7 +139,8 @@ impl Uplink {
     /// Connects again and again until everything is delivered or refused.
     pub(crate) async fn run(mut self) -> Delivery {
         for left in std::mem::take(&mut self.left) {
-            let identity = Identity { producer: left.producer, ..self.identity.clone() };
+            let labels = watch::channel(left.labels.clone()).1; // they change no more
+            let identity = Identity { producer: left.producer, labels, ..self.identity.clone() };
             let (outbox, spooling) = left.start();
             let parcel = Parcel { identity, outbox, is_left: true };
             match self.deliver(&parcel).await {

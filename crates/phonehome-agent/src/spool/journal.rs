@@ -1,7 +1,7 @@
 //! The files of one attempt's spool.
 //!
 //! ```text
-//! DIR/NUMBER-PRODUCER/hello                 the agent's Hello, for whoever looks; locked as long as the agent lives
+//! DIR/NUMBER-PRODUCER/hello                 the agent's Hello, for its labels; locked as long as the agent lives
 //! DIR/NUMBER-PRODUCER/FIRST.records         records from FIRST on, consecutive
 //! DIR/NUMBER-PRODUCER/finished              the agent's Finished, once its command has ended
 //! ```
@@ -11,7 +11,7 @@
 //! synced: the spool outlives the agent, not the node.
 
 use std::{
-    collections::VecDeque,
+    collections::{BTreeMap, VecDeque},
     ffi::{OsStr, OsString},
     io::{self, IoSlice},
     path::{Path, PathBuf},
@@ -71,6 +71,8 @@ pub(crate) struct Found {
     pub(super) next: u64,
     /// Whether there is a file of records that does not even begin with one.
     pub(super) is_damaged: bool,
+    /// What the attempt was called, as far as that can still be read.
+    pub(super) labels: BTreeMap<String, String>,
     pub(super) journal: Journal,
 }
 
@@ -136,7 +138,14 @@ impl Journal {
         let next = journal.segments.back().map_or(end, |segment| segment.next.max(end));
         let finished = finished.filter(|finished| finished.next == next);
         let first = journal.segments.front().map_or(next, |segment| segment.first);
-        Ok(Some(Found { finished, first, next, is_damaged, journal }))
+        let labels = journal.find_labels();
+        Ok(Some(Found { finished, first, next, is_damaged, labels, journal }))
+    }
+
+    /// None where they cannot be read: that is no reason to lose the rest.
+    fn find_labels(&self) -> BTreeMap<String, String> {
+        let hello = self.disk.open(&self.dir.join(HELLO), Open::Read).and_then(|file| first_frame(&*file));
+        if let Ok(Some(AgentFrame::Hello(hello))) = hello { hello.labels } else { BTreeMap::new() }
     }
 
     fn find_end(&self) -> io::Result<Option<Finished>> {
@@ -458,7 +467,7 @@ mod tests {
         assert!(journal.bytes() < before && !journal.has_delivered(21));
         assert_eq!(read(&mut journal, 21..40), seqs(21..40));
         drop(journal);
-        let Found { finished: end, first, next, is_damaged, mut journal } = take_up(&dir).unwrap().unwrap();
+        let Found { finished: end, first, next, is_damaged, mut journal, .. } = take_up(&dir).unwrap().unwrap();
         assert_eq!((end, next, is_damaged), (Some(finished(40)), 40, false));
         assert!(first <= 21);
         assert_eq!(read(&mut journal, first..40), seqs(first..40));
@@ -517,7 +526,7 @@ mod tests {
                 let mut flipped = whole.clone();
                 flipped[at] ^= 1 << (at % 8);
                 fs::write(&file, &flipped).unwrap();
-                let Found { finished: end, first, next, is_damaged, mut journal } = take_up(&dir).unwrap().unwrap();
+                let Found { finished: end, first, next, is_damaged, mut journal, .. } = take_up(&dir).unwrap().unwrap();
                 assert_eq!(is_damaged, name.ends_with(SUFFIX) && next == first, "{name} {at}");
                 assert!(end.is_none_or(|end| name != FINISHED && end == finished(3)), "{name} {at}");
                 assert_eq!(next, 3, "{name} {at}");
@@ -603,6 +612,18 @@ mod tests {
     }
 
     #[test]
+    fn an_attempt_keeps_its_own_labels_as_long_as_they_can_be_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let labelled = Hello { labels: BTreeMap::from([("pod".into(), "one".into())]), ..hello() };
+        drop(Journal::create(Arc::new(RealDisk), &[], path(&dir), &labelled, SEGMENT).unwrap());
+        assert_eq!(take_up(&dir).unwrap().unwrap().labels, labelled.labels);
+        for damaged in ["", "no hello"] {
+            fs::write(path(&dir).join(HELLO), damaged).unwrap();
+            assert!(take_up(&dir).unwrap().unwrap().labels.is_empty());
+        }
+    }
+
+    #[test]
     fn a_hello_that_could_not_be_written_leaves_nothing_behind() {
         let dir = tempfile::tempdir().unwrap();
         let too_long = Hello { agent: "x".repeat(1 << 17), ..hello() };
@@ -636,7 +657,7 @@ mod tests {
             producer: ProducerId([7; 16]),
             oldest: 0,
             next: 0,
-            labels: std::collections::BTreeMap::new(),
+            labels: BTreeMap::new(),
             agent: "test".into(),
             capabilities: Vec::new(),
         }

@@ -22,7 +22,7 @@ use super::{
     Home, Spool, Spooling, Usage,
     journal::{Found, Journal, at, make_dirs},
 };
-use crate::outbox::Outbox;
+use crate::{labels::Labels, outbox::Outbox};
 
 /// Where the spools of one step's agents are.
 #[derive(Debug, Clone)]
@@ -48,6 +48,7 @@ pub(crate) struct Left {
     pub(crate) producer: ProducerId,
     pub(crate) records: u64,
     pub(crate) finished: bool,
+    pub(crate) labels: Labels,
     env: Env,
     sender: Sender,
     journal: Journal,
@@ -122,7 +123,7 @@ impl Place {
     /// Takes up what was found, oldest first; what is empty is removed.
     pub(crate) async fn take_up(&self, found: Vec<Remains>, memory: u64) -> Vec<Left> {
         let mut left = Vec::new();
-        for Remains { producer, found: Found { finished, first, next, is_damaged, journal } } in found {
+        for Remains { producer, found: Found { finished, first, next, is_damaged, labels, journal } } in found {
             if first == next && finished.is_none() {
                 if is_damaged {
                     warn!("an earlier agent left records, but none of them is whole");
@@ -137,6 +138,7 @@ impl Place {
                 producer,
                 records: journal.records(),
                 finished: is_whole,
+                labels: Arc::new(labels),
                 env: self.env.clone(),
                 sender: Sender::recover(first, next, finished),
                 journal,
