@@ -1,7 +1,7 @@
 //! The agent's own standard output and standard error: the command's bytes, copied, and the agent's lines between them.
 
 use std::{
-    io::{self, Write},
+    io,
     os::fd::BorrowedFd,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -20,7 +20,8 @@ use tokio::{
 };
 use tracing::warn;
 
-/// Both standard streams. A line of the agent's own waits until the command has finished the line it is writing.
+/// Both standard streams. A line of the agent's own waits until the command has finished the line it is writing; when
+/// the command writes to the streams itself nobody sees its lines, and the agent's wait for its end.
 #[derive(Debug, Clone, Default)]
 pub struct Console(Arc<Mutex<State>>);
 
@@ -32,6 +33,10 @@ struct State {
     copying: [bool; 2],
     /// Own lines that wait for the end of the command's, or for somebody to read standard error.
     waiting: Vec<u8>,
+    /// Whether the command has the streams to itself.
+    lent: bool,
+    /// Whether own lines may stand behind a line that the command has not finished.
+    unfinished: bool,
     /// Set once a stream failed: nobody reads it any more.
     broken: [bool; 2],
 }
@@ -76,19 +81,32 @@ impl Console {
         state.flush_waiting();
     }
 
-    /// A writer for lines of the agent's own. It never blocks.
-    #[must_use]
-    pub fn own_lines(&self) -> OwnLines {
-        OwnLines(self.clone())
+    /// Writes a line of the agent's own as soon as the command is within none. It never blocks.
+    pub fn own_line(&self, line: &str) {
+        self.lock().own_line(line.as_bytes());
+    }
+
+    /// Leaves the streams to the command, whose bytes then go there unseen: own lines wait.
+    pub fn lend(&self) {
+        self.lock().lent = true;
+    }
+
+    /// Ends [`Self::lend`]. Whether the command has finished its last line is not known, so that own lines begin below
+    /// it: at worst there is an empty line between.
+    pub fn take_back(&self) {
+        let mut state = self.lock();
+        if std::mem::take(&mut state.lent) {
+            state.unfinished = true;
+            state.flush_waiting();
+        }
     }
 
     /// Writes the lines that still wait, below whatever the command left unfinished, as far as that is possible at once.
     pub fn finish(&self) {
+        self.take_back();
         let mut state = self.lock();
-        if !state.waiting.is_empty() && state.within_line != [false; 2] {
-            state.waiting.insert(0, b'\n');
-            state.within_line = [false; 2];
-        }
+        state.leave_line();
+        state.within_line = [false; 2];
         state.flush_waiting();
     }
 
@@ -112,8 +130,32 @@ impl Console {
 }
 
 impl State {
+    fn own_line(&mut self, line: &[u8]) {
+        if !self.has_room_for(line) && !self.lent {
+            self.leave_line();
+            self.flush_waiting();
+        }
+        if self.has_room_for(line) {
+            self.waiting.extend_from_slice(line);
+        }
+        self.flush_waiting();
+    }
+
+    fn has_room_for(&self, line: &[u8]) -> bool {
+        self.waiting.len() + line.len() <= MAX_WAITING
+    }
+
+    /// Waits for the end of the command's line no longer.
+    fn leave_line(&mut self) {
+        self.unfinished |= self.within_line != [false; 2];
+        self.within_line = self.copying;
+    }
+
     /// Writes own lines as far as nobody has to be waited for: this is called where everything else would wait too.
     fn flush_waiting(&mut self) {
+        if self.may_flush() && std::mem::take(&mut self.unfinished) {
+            self.waiting.insert(0, b'\n');
+        }
         while self.may_flush() && is_writable(rustix::stdio::stderr()) {
             let lines = whole_lines(&self.waiting);
             match rustix::io::write(rustix::stdio::stderr(), lines) {
@@ -129,7 +171,7 @@ impl State {
     }
 
     fn may_flush(&self) -> bool {
-        !self.waiting.is_empty() && self.within_line == [false; 2] && !self.copying[1] && !self.broken[1]
+        !self.waiting.is_empty() && !self.lent && self.within_line == [false; 2] && !self.copying[1] && !self.broken[1]
     }
 }
 
@@ -172,26 +214,25 @@ impl Copier {
     }
 }
 
-/// Where the log writes: whole lines, when none of the command's is open.
-#[derive(Debug)]
-pub struct OwnLines(Console);
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-impl Write for OwnLines {
-    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        let mut state = self.0.lock();
-        let fits = |state: &State| state.waiting.len() + line.len() <= MAX_WAITING;
-        if !fits(&state) {
-            state.within_line = state.copying;
-            state.flush_waiting();
-        }
-        if fits(&state) {
-            state.waiting.extend_from_slice(line);
-        }
-        state.flush_waiting();
-        Ok(line.len())
+    #[test]
+    fn own_lines_wait_while_the_streams_are_lent() {
+        let console = Console::default();
+        console.lend();
+        console.own_line("one\n");
+        console.own_line("two\n");
+        assert_eq!(console.lock().waiting, b"one\ntwo\n");
     }
 
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
+    #[test]
+    fn what_waits_is_bounded() {
+        let mut state = State { lent: true, ..State::default() };
+        for _ in 0..MAX_WAITING {
+            state.own_line(b"a line that waits\n");
+        }
+        assert!(state.waiting.len() <= MAX_WAITING && state.waiting.ends_with(b"waits\n"));
     }
 }

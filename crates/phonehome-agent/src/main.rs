@@ -18,7 +18,7 @@ fn main() -> ExitCode {
         Err(usage) => return config::explain(&usage),
     };
     let console = Console::default();
-    phonehome_agent::log::init(args.log_format, args.log_level, console.clone());
+    phonehome_agent::log::init(args.log(), console.clone());
     let variable = |name: &str| std::env::var(name).ok();
     let proxy = ProxySettings::read(variable);
     let result = Config::try_from_args(args, &proxy, |name| std::env::var_os(name))

@@ -15,7 +15,10 @@ use super::{
     siblings::{self, SiblingsArgs},
     supervision::SupervisionArgs,
 };
-use crate::{failure::EXIT_FAILURE, log::Format};
+use crate::{
+    failure::EXIT_FAILURE,
+    log::{self, Format, Trace},
+};
 
 /// Runs a build command, streams its output to a phonehome server and exits as the command did.
 ///
@@ -159,9 +162,26 @@ pub struct Args {
     #[arg(long, env = "PHONEHOME_LOG_LEVEL", value_name = "LEVEL", default_value = "warn", help_heading = "Own log")]
     pub log_level: Level,
 
+    /// What becomes of its finer lines: ring keeps the latest and shows them before an error; live, or live:MODULE,...,
+    /// shows them at once; off
+    #[arg(long, env = "PHONEHOME_TRACE", value_name = "HOW", default_value = "ring", value_parser = trace, help_heading = "Own log")]
+    pub trace: Trace,
+
     /// Command to run, with its arguments; they are passed on untouched
     #[arg(required = true, trailing_var_arg = true, value_name = "COMMAND")]
     pub command: Vec<OsString>,
+}
+
+impl Args {
+    /// How to log.
+    #[must_use]
+    pub fn log(&self) -> log::Settings {
+        log::Settings { format: self.log_format, level: self.log_level, trace: self.trace.clone() }
+    }
+}
+
+fn trace(text: &str) -> Result<Trace, &'static str> {
+    Trace::parse(text).ok_or("none of off, ring, live and live:MODULE,...")
 }
 
 /// Reads a command line and the variables. An empty variable is one that is not set: manifests often have no other way
