@@ -2,9 +2,13 @@
 
 mod address;
 mod args;
+mod complaint;
+mod file;
+mod given;
 mod labels;
 mod redact;
 mod secret;
+mod show;
 mod siblings;
 mod supervision;
 
@@ -24,7 +28,8 @@ use zeroize::Zeroizing;
 
 pub use self::{
     address::{Address, Proxy, ProxySettings},
-    args::{Args, Level, Limit, OnOffline, Overflow, Start, Switch, explain, parse},
+    args::{Args, Level, Limit, OnOffline, Overflow, Start, Switch},
+    given::Given,
     labels::{LabelList, LabelsArgs, LabelsConfig},
     redact::{Origin, RedactArgs, RedactError, Redaction},
     secret::Secret,

@@ -10,6 +10,9 @@ pub enum Failure {
     /// An option is wrong.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// Nobody took what was to be printed.
+    #[error("cannot print")]
+    Print(#[source] io::Error),
     /// `--start connected`, and the server does not want this build.
     #[error("the command was not started: {0}")]
     Refused(String),
@@ -46,7 +49,12 @@ impl Failure {
     #[must_use]
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::Config(_) | Self::Refused(_) | Self::System(_) | Self::Terminal(_) | Self::Undelivered { .. } => {
+            Self::Config(_)
+            | Self::Print(_)
+            | Self::Refused(_)
+            | Self::System(_)
+            | Self::Terminal(_)
+            | Self::Undelivered { .. } => {
                 EXIT_FAILURE
             }
         }

@@ -1,24 +1,16 @@
 //! The command line as typed: [`Args`].
 
-use std::{
-    ffi::{OsStr, OsString},
-    path::PathBuf,
-    process::ExitCode,
-    time::Duration,
-};
+use std::{ffi::OsString, path::PathBuf, time::Duration};
 
 use bytesize::ByteSize;
-use clap::{CommandFactory, FromArgMatches, Parser, ValueEnum, builder::Resettable, error::ErrorKind};
+use clap::{Parser, ValueEnum};
 
 use super::{
     LabelsArgs, RedactArgs, Secret,
-    siblings::{self, SiblingsArgs},
+    siblings::SiblingsArgs,
     supervision::SupervisionArgs,
 };
-use crate::{
-    failure::EXIT_FAILURE,
-    log::{self, Format, Trace},
-};
+use crate::log::{self, Format, Trace};
 
 /// Runs a build command, streams its output to a phonehome server and exits as the command did.
 ///
@@ -27,11 +19,13 @@ use crate::{
 /// until the server has accepted the whole log, or for --linger. Whatever happens on the network, the exit code is
 /// the command's.
 ///
-/// Every option can be given as a variable instead, shown in brackets; a flag wins over its variable.
+/// Every option can be given as a variable instead, shown in brackets, or in a file (--config): a flag wins over its
+/// variable, and that over the file.
 #[derive(Parser)]
 #[command(
     name = "phonehome-agent",
     version,
+    override_usage = "phonehome-agent [OPTIONS] [--] COMMAND [ARG]...",
     after_help = "Exit code: the command's; 128+N when signal N ended it; 127 command not found; 126 not executable; \
                   143 when TERM came before it was started; 125 when the agent itself could not do its work.\n\n\
                   Example: phonehome-agent --url wss://10.0.0.7:4443 --build 42 --token-file /run/token -- make all",
@@ -106,6 +100,7 @@ pub struct Args {
         env = "PHONEHOME_SPOOL_MEMORY",
         value_name = "SIZE",
         default_value = "8MiB",
+        value_parser = size,
         help_heading = "Delivery"
     )]
     pub spool_memory: ByteSize,
@@ -116,7 +111,7 @@ pub struct Args {
     pub spool_dir: Option<PathBuf>,
 
     /// Most bytes in that directory
-    #[arg(long, env = "PHONEHOME_SPOOL_LIMIT", value_name = "SIZE", default_value = "1GiB", help_heading = "Delivery")]
+    #[arg(long, env = "PHONEHOME_SPOOL_LIMIT", value_name = "SIZE", default_value = "1GiB", value_parser = size, help_heading = "Delivery")]
     pub spool_limit: ByteSize,
 
     /// When all of that is full: block the command, so that nothing is lost, or drop the middle of the output and say how
@@ -162,13 +157,21 @@ pub struct Args {
     #[arg(long, env = "PHONEHOME_LOG_LEVEL", value_name = "LEVEL", default_value = "warn", help_heading = "Own log")]
     pub log_level: Level,
 
-    /// What becomes of its finer lines: ring keeps the latest and shows them before an error; live, or live:MODULE,...,
-    /// shows them at once; off
+    /// What becomes of its finer lines: ring keeps the latest and shows them before an error; live, or live:MODULE,..., shows
+    /// them at once; off
     #[arg(long, env = "PHONEHOME_TRACE", value_name = "HOW", default_value = "ring", value_parser = trace, help_heading = "Own log")]
     pub trace: Trace,
 
+    /// TOML file of options: each key is an option's long name, and command is the COMMAND
+    #[arg(long, env = "PHONEHOME_CONFIG", value_name = "PATH", help_heading = "Configuration")]
+    pub config: Option<PathBuf>,
+
+    /// Check and print all options, where each comes from, as such a file; run nothing. Secrets are left out
+    #[arg(long, help_heading = "Configuration")]
+    pub print_config: bool,
+
     /// Command to run, with its arguments; they are passed on untouched
-    #[arg(required = true, trailing_var_arg = true, value_name = "COMMAND")]
+    #[arg(trailing_var_arg = true, value_name = "COMMAND")]
     pub command: Vec<OsString>,
 }
 
@@ -180,60 +183,34 @@ impl Args {
     }
 }
 
-fn trace(text: &str) -> Result<Trace, &'static str> {
-    Trace::parse(text).ok_or("none of off, ring, live and live:MODULE,...")
-}
+/// Why a text cannot be the value of an option. It follows `'TEXT' is`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct Unfit(pub(crate) &'static str);
 
-/// Reads a command line and the variables. An empty variable is one that is not set: manifests often have no other way
-/// to say so. Some have an alias, which is read when they are not set. `token` is what its variable said before it was
-/// taken away.
-///
-/// # Errors
-///
-/// When it is not one, or asks for help: see [`explain`].
-pub fn parse(line: impl IntoIterator<Item = OsString>, token: Option<Secret>) -> Result<Args, clap::Error> {
-    let mut command = Args::command().mut_args(|arg| match arg.get_env().map(|own| source(own, std::env::var_os)) {
-        Some(Source::Alias(alias)) => arg.env(alias),
-        Some(Source::Nothing) => arg.env(Resettable::Reset),
-        Some(Source::Own) | None => arg,
-    });
-    let matches = command.try_get_matches_from_mut(line)?;
-    let args = Args::from_arg_matches(&matches).map_err(|usage| usage.format(&mut command))?;
-    Ok(Args { token_variable: token, ..args })
-}
-
-/// Where the value of an option comes from that is not on the command line.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Source {
-    /// From its variable.
-    Own,
-    /// From the variable of another program, because its own says nothing.
-    Alias(&'static str),
-    /// From nowhere: its variable is set to nothing.
-    Nothing,
-}
-
-pub(super) fn source<'a>(own: &'a OsStr, value_of: impl Fn(&'a OsStr) -> Option<OsString>) -> Source {
-    let is_set = |name| value_of(name).is_some_and(|value| !value.is_empty());
-    match siblings::alias(own) {
-        Some(alias) if !is_set(own) && is_set(OsStr::new(alias)) => Source::Alias(alias),
-        Some(_) | None if is_set(own) || value_of(own).is_none() => Source::Own,
-        Some(_) | None => Source::Nothing,
-    }
-}
+const NO_TIME: Unfit = Unfit("not a time, such as 30s or 5m");
 
 /// A time that can be added to the clock.
-pub(super) fn duration(text: &str) -> Result<Duration, String> {
-    let duration = humantime::parse_duration(text).map_err(|error| error.to_string())?;
-    if duration > MAX_DURATION { Err("more than 10 years".into()) } else { Ok(duration) }
+pub(super) fn duration(text: &str) -> Result<Duration, Unfit> {
+    let duration = humantime::parse_duration(text).map_err(|_| NO_TIME)?;
+    if duration > MAX_DURATION { Err(Unfit("more than 10 years")) } else { Ok(duration) }
+}
+
+fn size(text: &str) -> Result<ByteSize, Unfit> {
+    text.parse().map_err(|_| Unfit("not a size, such as 512KiB or 8MiB"))
+}
+
+fn trace(text: &str) -> Result<Trace, Unfit> {
+    Trace::parse(text).ok_or(Unfit("none of off, ring, live and live:MODULE,..."))
 }
 
 /// A time limit, or none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limit(pub Option<Duration>);
 
-pub(super) fn limit(text: &str) -> Result<Limit, String> {
-    if text == "off" { Ok(Limit(None)) } else { duration(text).map(|limit| Limit(Some(limit))) }
+pub(super) fn limit(text: &str) -> Result<Limit, Unfit> {
+    let why = |unfit| if unfit == NO_TIME { Unfit("neither off nor a time, such as 30s or 5m") } else { unfit };
+    if text == "off" { Ok(Limit(None)) } else { duration(text).map(|limit| Limit(Some(limit))).map_err(why) }
 }
 
 /// Longest duration that an option takes: ten years.
@@ -290,17 +267,6 @@ pub enum Level {
     Trace,
 }
 
-/// Prints clap's message and says what to exit with: its own code for a usage error, 2, would look like the command's.
-#[must_use]
-pub fn explain(usage: &clap::Error) -> ExitCode {
-    drop(usage.print()); // there is nowhere left to say that this failed
-    if matches!(usage.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::from(EXIT_FAILURE)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -317,7 +283,7 @@ mod tests {
     #[test]
     fn a_duration_has_an_end() {
         assert_eq!(duration("10years"), Ok(humantime::parse_duration("10years").unwrap()));
-        assert_eq!(duration("400000000000years"), Err("more than 10 years".into()));
-        assert_eq!(duration("11years"), Err("more than 10 years".into()));
+        assert_eq!(duration("400000000000years"), Err(Unfit("more than 10 years")));
+        assert_eq!(duration("11years"), Err(Unfit("more than 10 years")));
     }
 }
