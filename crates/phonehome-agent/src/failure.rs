@@ -2,7 +2,7 @@
 
 use std::io;
 
-use crate::config::ConfigError;
+use crate::{config::ConfigError, install::InstallError};
 
 /// Why the agent could not do its work. What the command does is never one of these.
 #[derive(Debug, thiserror::Error)]
@@ -10,6 +10,9 @@ pub enum Failure {
     /// An option is wrong.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// The agent is not where it was to be installed.
+    #[error(transparent)]
+    Install(#[from] InstallError),
     /// Nobody took what was to be printed.
     #[error("cannot print")]
     Print(#[source] io::Error),
@@ -50,13 +53,12 @@ impl Failure {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Config(_)
+            | Self::Install(_)
             | Self::Print(_)
             | Self::Refused(_)
             | Self::System(_)
             | Self::Terminal(_)
-            | Self::Undelivered { .. } => {
-                EXIT_FAILURE
-            }
+            | Self::Undelivered { .. } => EXIT_FAILURE,
         }
     }
 }

@@ -11,6 +11,8 @@ pub mod console;
 pub mod failure;
 mod gate;
 mod herald;
+pub mod install;
+pub mod invocation;
 mod labels;
 pub mod line;
 pub mod log;

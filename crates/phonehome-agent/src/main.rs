@@ -1,25 +1,36 @@
 //! Entrypoint of a builder image: runs the build command and phones its output home.
 
 use std::{
+    ffi::OsString,
     io::{self, Write},
     process::ExitCode,
 };
 
 use phonehome_agent::{
     Blocked,
-    config::{Config, Given, ProxySettings},
+    config::{Config, Given, Level, ProxySettings},
     console::Console,
     failure::{EXIT_FAILURE, Failure},
-    log,
+    install::install,
+    invocation::{self, Invocation},
+    log::{self, Format, Settings, Trace},
 };
 use tracing::error;
 
 fn main() -> ExitCode {
     let line: Vec<_> = std::env::args_os().collect();
     let console = Console::default();
-    let result = match Given::read(&line) {
-        Ok(given) => run(given, &console),
-        Err(usage) => return explain(&usage),
+    let result = match Invocation::read(&line) {
+        Ok(Invocation::Run(given)) => run(given, &console),
+        Ok(Invocation::Install(dest)) => {
+            log::init(plain_log(&line), console.clone());
+            install(&dest).map(|()| 0).map_err(Failure::from)
+        }
+        Ok(Invocation::Print(text)) => {
+            log::init(plain_log(&line), console.clone());
+            print_all(text)
+        }
+        Err(usage) => return explain(&usage, &line, console),
     };
     let code = result.unwrap_or_else(|failure| {
         let code = failure.exit_code();
@@ -30,7 +41,7 @@ fn main() -> ExitCode {
     ExitCode::from(code)
 }
 
-fn run(given: Given, console: &Console) -> Result<u8, Failure> {
+fn run(given: Box<Given>, console: &Console) -> Result<u8, Failure> {
     let args = given.args();
     log::init(args.log(), console.clone());
     let print = args.print_config;
@@ -50,7 +61,17 @@ fn print_all(text: &str) -> Result<u8, Failure> {
 
 /// Prints help, or what is wrong with the line, and says what to exit with: clap's own code, 2, would look like the
 /// command's.
-fn explain(usage: &clap::Error) -> ExitCode {
-    drop(usage.print()); // there is nowhere left to say that this failed
+fn explain(usage: &clap::Error, line: &[OsString], console: Console) -> ExitCode {
+    if usage.use_stderr() && invocation::log_format(line) == Format::Json {
+        log::init(plain_log(line), console);
+        error!("{}", usage.to_string().trim_start_matches("error: ").trim_end());
+    } else {
+        drop(usage.print()); // there is nowhere left to say that this failed
+    }
     if usage.use_stderr() { ExitCode::from(EXIT_FAILURE) } else { ExitCode::SUCCESS }
+}
+
+/// The log when there are no options yet.
+fn plain_log(line: &[OsString]) -> Settings {
+    Settings { format: invocation::log_format(line), level: Level::Warn, trace: Trace::Off }
 }

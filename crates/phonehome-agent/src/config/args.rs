@@ -25,8 +25,15 @@ use crate::log::{self, Format, Trace};
 #[command(
     name = "phonehome-agent",
     version,
-    override_usage = "phonehome-agent [OPTIONS] [--] COMMAND [ARG]...",
-    after_help = "Exit code: the command's; 128+N when signal N ended it; 127 command not found; 126 not executable; \
+    override_usage = "phonehome-agent [OPTIONS] [--] COMMAND [ARG]...\n       \
+                      phonehome-agent install DEST\n       \
+                      phonehome-agent completions SHELL\n       \
+                      phonehome-agent man",
+    after_help = "Commands of the agent itself, when they are its first argument:\n  \
+                  install DEST       Copy this program to DEST, a file or a directory, as an init container does\n  \
+                  completions SHELL  Print what completes the command line in bash, fish or zsh\n  \
+                  man                Print the manual page\n\n\
+                  Exit code: the command's; 128+N when signal N ended it; 127 command not found; 126 not executable; \
                   143 when TERM came before it was started; 125 when the agent itself could not do its work.\n\n\
                   Example: phonehome-agent --url wss://10.0.0.7:4443 --build 42 --token-file /run/token -- make all",
     max_term_width = 100
