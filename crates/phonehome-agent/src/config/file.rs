@@ -45,7 +45,7 @@ impl ConfigFile {
             .map_err(|why| clap::Error::raw(ErrorKind::ValueValidation, format!("{}: {why}\n", path.display())))
     }
 
-    fn parse(path: &Path, text: &str, command: &Command) -> Result<Self, String> {
+    pub(super) fn parse(path: &Path, text: &str, command: &Command) -> Result<Self, String> {
         let table: BTreeMap<String, Value> = basic_toml::from_str(text).map_err(|error| error.to_string())?;
         let mut values = BTreeMap::new();
         for (name, value) in table {

@@ -35,7 +35,7 @@ impl<'a> Setting<'a> {
     pub(super) fn of(arg: &'a Arg, matches: &ArgMatches, file: Option<&ConfigFile>) -> Self {
         Self {
             name: file::key(arg).unwrap_or_default(),
-            heading: arg.get_help_heading().unwrap_or("Command"),
+            heading: arg.get_help_heading().unwrap_or(if arg.is_positional() { "Command" } else { "Options" }),
             value: value(arg, matches),
             is_command: arg.is_positional(),
             place: given::place(arg, matches, file),
@@ -106,7 +106,9 @@ fn comment(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
+    use std::{collections::BTreeMap, path::Path};
+
+    use clap::Command;
 
     use super::*;
 
@@ -117,5 +119,34 @@ mod tests {
             let read: BTreeMap<String, Value> = basic_toml::from_str(&format!("x = {}", literal(&value))).unwrap();
             assert_eq!(read["x"], value);
         }
+    }
+
+    /// What `line` and a file make of options that others may add: a list, a list in one word, a secret.
+    fn shown(text: &str, line: &[&str]) -> String {
+        let list = Arg::new("wait_for").long("wait-for").action(ArgAction::Append);
+        let word = Arg::new("redact_env").long("redact-env").action(ArgAction::Set).value_delimiter(',');
+        let secret = Arg::new("key").long("key").action(ArgAction::Set).env("NO_SUCH_VARIABLE").hide_env_values(true);
+        let command = Command::new("agent").args([list, word, secret]);
+        let file = ConfigFile::parse(Path::new("f"), text, &command).unwrap();
+        let mut command = file.apply(command);
+        let matches = command.try_get_matches_from_mut(line).unwrap();
+        toml(
+            command
+                .get_arguments()
+                .filter(|arg| file::key(arg).is_some())
+                .map(|arg| Setting::of(arg, &matches, Some(&file))),
+        )
+    }
+
+    #[test]
+    fn a_list_is_one_in_the_file_on_the_line_and_when_shown() {
+        let text = "wait-for = [\"a=1\", \"b=2\"]\nredact-env = [\"A\", \"B\"]\nkey = \"hunter2\"";
+        let from_file = shown(text, &["agent"]);
+        assert!(from_file.contains("wait-for = [\"a=1\",\"b=2\"]  # f\n"), "{from_file}");
+        assert!(from_file.contains("redact-env = [\"A\",\"B\"]  # f\n"), "{from_file}");
+        assert!(from_file.contains("# key = \"[secret]\"  # f\n"), "{from_file}");
+        let from_line = shown(text, &["agent", "--wait-for", "c=3", "--redact-env", "C,D"]);
+        assert!(from_line.contains("wait-for = [\"c=3\"]  # --wait-for\n"), "{from_line}");
+        assert!(from_line.contains("redact-env = [\"C\",\"D\"]  # --redact-env\n"), "{from_line}");
     }
 }
