@@ -66,8 +66,8 @@ pub(crate) struct Siblings {
     readiness: Option<Readiness>,
     notify: Option<OsString>,
     waiting: Option<Wait>,
-    /// The tasks that look out and carve.
-    tasks: JoinSet<()>,
+    /// Those that look out and carve, kept to end with it.
+    _tasks: JoinSet<()>,
     /// Those that probe.
     questions: JoinSet<()>,
 }
@@ -165,7 +165,7 @@ impl Siblings {
             readiness: None,
             notify: None,
             waiting: None,
-            tasks,
+            _tasks: tasks,
             questions,
         };
         siblings.prepare_readiness();

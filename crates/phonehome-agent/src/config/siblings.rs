@@ -61,7 +61,7 @@ pub struct SiblingsArgs {
     )]
     pub birth_deps: Vec<List<BirthDep>>,
 
-    /// Start the command only when this probe passes, for what has no agent: tcp:[HOST:]PORT, http://HOST[:PORT]/PATH,
+    /// Start the command only when this probe passes, for what has no agent: tcp:PORT, tcp:HOST:PORT, http://HOST:PORT/PATH,
     /// unix:PATH, file:PATH (exists), content:PATH (is not empty) or exec:COMMAND. Can be given several times; in the
     /// variable each stands on a line of its own
     #[arg(long, env = "PHONEHOME_WAIT_FOR", value_name = "NAME=PROBE", value_parser = list::<WaitFor>('\n'), help_heading = "Siblings")]

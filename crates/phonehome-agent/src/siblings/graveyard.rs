@@ -242,6 +242,28 @@ mod tests {
     }
 
     #[test]
+    fn the_watch_is_on_the_directory_that_has_the_path_now() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, old) = (dir.path().join("graveyard"), dir.path().join("old"));
+        let graveyard = Graveyard::new(path.clone());
+        let inotify = inotify::init(inotify::CreateFlags::NONBLOCK).unwrap();
+        graveyard.watch(&inotify, None).unwrap_err();
+        graveyard.make().unwrap();
+        let first = graveyard.watch(&inotify, None).unwrap();
+        assert_eq!(graveyard.watch(&inotify, Some(first)).unwrap(), first);
+        std::fs::rename(&path, &old).unwrap();
+        graveyard.make().unwrap();
+        assert_ne!(graveyard.watch(&inotify, Some(first)).unwrap(), first);
+        let mut events = [0; 4096];
+        let mut changes = || rustix::io::read(&inotify, &mut events);
+        assert!(changes().unwrap() > 0, "it was moved");
+        std::fs::write(old.join("main"), "").unwrap();
+        assert_eq!(changes(), Err(Errno::AGAIN));
+        std::fs::write(path.join("main"), "").unwrap();
+        assert!(changes().unwrap() > 0);
+    }
+
+    #[test]
     fn names_are_told_but_not_drafts() {
         let dir = tempfile::tempdir().unwrap();
         for name in ["web", "db", ".web.0.tmp", "not a name"] {
