@@ -7,7 +7,10 @@ use std::{ffi::OsString, path::PathBuf};
 
 use clap::{Arg, ArgMatches, Command, builder::PossibleValuesParser, value_parser};
 
-use crate::{config::Given, log::Format};
+use crate::{
+    config::{Given, Secret},
+    log::Format,
+};
 
 /// What the agent is asked to do.
 #[derive(Debug)]
@@ -21,17 +24,18 @@ pub enum Invocation {
 }
 
 impl Invocation {
-    /// Reads a command line, its first word being the agent's own name, and what else may say how to run.
+    /// Reads a command line, its first word being the agent's own name, and what else may say how to run. `token` is what
+    /// its variable said before it was taken away.
     ///
     /// # Errors
     ///
     /// When it is not one, or asks for help.
-    pub fn read(line: &[OsString]) -> Result<Self, clap::Error> {
+    pub fn read(line: &[OsString], token: Option<Secret>) -> Result<Self, clap::Error> {
         match line.get(1).and_then(|first| first.to_str()) {
             Some(COMPLETIONS) => completions(line).map(Self::Print),
             Some(INSTALL) => destination(line).map(Self::Install),
             Some(MAN) => parse_own(man_command(), line).map(|_| Self::Print(MANUAL)),
-            _ => Given::read(line).map(|given| Self::Run(given.into())),
+            _ => Given::read(line, token).map(|given| Self::Run(given.into())),
         }
     }
 }
@@ -131,7 +135,7 @@ mod tests {
 
     #[test]
     fn only_the_first_argument_can_be_one_of_ours() {
-        let read = |words: &[&str]| Invocation::read(&line(words));
+        let read = |words: &[&str]| Invocation::read(&line(words), None);
         assert!(matches!(read(&["install", "x"]), Ok(Invocation::Install(dest)) if dest.as_os_str() == "x"));
         assert!(matches!(read(&["man"]), Ok(Invocation::Print(_))));
         for ran in [&["--", "install", "x"][..], &["--merge", "install", "x"], &["installer"], &["x", "install"]] {

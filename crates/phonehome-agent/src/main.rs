@@ -18,10 +18,12 @@ use phonehome_agent::{
 use tracing::error;
 
 fn main() -> ExitCode {
+    let signals = Blocked::all();
+    let token = phonehome_agent::take_token();
     let line: Vec<_> = std::env::args_os().collect();
     let console = Console::default();
-    let result = match Invocation::read(&line) {
-        Ok(Invocation::Run(given)) => run(given, &console),
+    let result = match Invocation::read(&line, token) {
+        Ok(Invocation::Run(given)) => run(given, &console, signals),
         Ok(Invocation::Install(dest)) => {
             log::init(plain_log(&line), console.clone());
             install(&dest).map(|()| 0).map_err(Failure::from)
@@ -41,17 +43,19 @@ fn main() -> ExitCode {
     ExitCode::from(code)
 }
 
-fn run(given: Box<Given>, console: &Console) -> Result<u8, Failure> {
+fn run(given: Box<Given>, console: &Console, signals: io::Result<Blocked>) -> Result<u8, Failure> {
     let args = given.args();
     log::init(args.log(), console.clone());
     let print = args.print_config;
-    let config = Config::try_from_args(args, &ProxySettings::read(|name| std::env::var(name).ok()))?;
+    let variable = |name: &str| std::env::var(name).ok();
+    let config = Config::try_from_args(args, &ProxySettings::read(variable), |name| std::env::var_os(name))?;
+    let config = config.identified(variable);
     if print {
         return print_all(&given.to_toml());
     }
     log::started(|| given.settings());
     drop(given); // the token is in the configuration, and that is enough
-    phonehome_agent::run(config, console)
+    phonehome_agent::run(config, console, signals?)
 }
 
 fn print_all(text: &str) -> Result<u8, Failure> {

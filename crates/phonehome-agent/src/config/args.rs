@@ -5,11 +5,7 @@ use std::{ffi::OsString, path::PathBuf, time::Duration};
 use bytesize::ByteSize;
 use clap::{Parser, ValueEnum};
 
-use super::{
-    LabelsArgs, RedactArgs, Secret,
-    siblings::SiblingsArgs,
-    supervision::SupervisionArgs,
-};
+use super::{LabelsArgs, RedactArgs, Secret, siblings::SiblingsArgs, supervision::SupervisionArgs};
 use crate::log::{self, Format, Trace};
 
 /// Runs a build command, streams its output to a phonehome server and exits as the command did.

@@ -11,33 +11,36 @@ use clap::{
 };
 use serde_json::{Map, Value};
 
-use super::{Args, complaint, file::ConfigFile, show};
+use super::{Args, Secret, complaint, file::ConfigFile, show, siblings};
 
 /// The command line, the variables and the file, put together: a flag wins over its variable, and that over the file.
 pub struct Given {
     command: Command,
     matches: ArgMatches,
     file: Option<ConfigFile>,
+    /// What the variable of the token said, before it was taken out of the environment.
+    token: Option<Secret>,
 }
 
 impl Given {
     /// Reads all of them. A variable that is empty is one that is not set: manifests often have no other way to say so.
+    /// Some have an alias, which is read when they are not set.
     ///
     /// # Errors
     ///
     /// When something is wrong with one of them, or the line asks for help.
-    pub fn read(line: &[OsString]) -> Result<Self, clap::Error> {
+    pub fn read(line: &[OsString], token: Option<Secret>) -> Result<Self, clap::Error> {
         let mut command = definition();
         let matches = command.try_get_matches_from_mut(line).map_err(|usage| blame_line(usage, &command, line))?;
         let Some(path) = matches.get_one::<PathBuf>("config") else {
-            return Self { command, matches, file: None }.with_command();
+            return Self { command, matches, file: None, token }.with_command();
         };
         let file = ConfigFile::read(path, &command)?;
         // The line and the variables are fine: they have been read before.
         let blame = |usage, command: &Command| complaint::about(usage, command, |name, _| file.place(name));
         let mut command = file.apply(definition());
         let matches = command.try_get_matches_from_mut(line).map_err(|usage| blame(usage, &command))?;
-        Self { command, matches, file: Some(file) }.with_command()
+        Self { command, matches, file: Some(file), token }.with_command()
     }
 
     /// Nothing but the configuration can be printed without a command to run.
@@ -56,8 +59,13 @@ impl Given {
     #[must_use]
     pub fn args(&self) -> Args {
         let mut args = Args::from_arg_matches(&self.matches).expect("clap has checked every value");
-        // Both say the same; the one from the stronger place counts.
-        if self.matches.value_source("token_file") > self.matches.value_source("token") {
+        // All three say the same; the one from the strongest place counts.
+        let place = |id| self.matches.value_source(id);
+        let variable = self.token.is_some().then_some(ValueSource::EnvVariable);
+        if variable > place("token") && variable >= place("token_file") {
+            args.token_variable = self.token.clone();
+            (args.token, args.token_file) = (None, None);
+        } else if place("token_file") > place("token") {
             args.token = None;
         }
         args
@@ -78,7 +86,12 @@ impl Given {
 
     fn all(&self) -> impl Iterator<Item = show::Setting<'_>> {
         let options = self.command.get_arguments().filter(|arg| super::file::key(arg).is_some());
-        options.map(|arg| show::Setting::of(arg, &self.matches, self.file.as_ref()))
+        options.map(|arg| {
+            let setting = show::Setting::of(arg, &self.matches, self.file.as_ref());
+            let is_taken =
+                arg.get_id() == "token" && self.matches.value_source("token") != Some(ValueSource::CommandLine);
+            if self.token.is_some() && is_taken { setting.taken_from(arg) } else { setting }
+        })
     }
 }
 
@@ -91,8 +104,31 @@ impl fmt::Debug for Given {
 
 /// The options as they are when nothing is given.
 fn definition() -> Command {
-    let is_empty = |name: &OsStr| std::env::var_os(name).is_some_and(|value| value.is_empty());
-    Args::command().mut_args(|arg| if arg.get_env().is_some_and(is_empty) { arg.env(Resettable::Reset) } else { arg })
+    Args::command().mut_args(|arg| match arg.get_env().map(|own| source(own, std::env::var_os)) {
+        Some(Source::Alias(alias)) => arg.env(alias),
+        Some(Source::Nothing) => arg.env(Resettable::Reset),
+        Some(Source::Own) | None => arg,
+    })
+}
+
+/// Where the value of an option comes from that is not on the command line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Source {
+    /// From its variable.
+    Own,
+    /// From the variable of another program, because its own says nothing.
+    Alias(&'static str),
+    /// From nowhere: its variable is set to nothing.
+    Nothing,
+}
+
+pub(super) fn source<'a>(own: &'a OsStr, value_of: impl Fn(&'a OsStr) -> Option<OsString>) -> Source {
+    let is_set = |name| value_of(name).is_some_and(|value| !value.is_empty());
+    match siblings::alias(own) {
+        Some(alias) if !is_set(own) && is_set(OsStr::new(alias)) => Source::Alias(alias),
+        Some(_) | None if is_set(own) || value_of(own).is_none() => Source::Own,
+        Some(_) | None => Source::Nothing,
+    }
 }
 
 /// Says where a wrong value was given: on the line, which is read first, or in a variable.

@@ -42,6 +42,12 @@ impl<'a> Setting<'a> {
         }
     }
 
+    /// The same option, whose value was in its variable until that was taken away.
+    pub(super) fn taken_from(self, arg: &Arg) -> Self {
+        let place = arg.get_env().map(|variable| variable.to_string_lossy().into_owned());
+        Self { value: Some(Shown::Secret), place, ..self }
+    }
+
     /// The value as the log may show it: `[secret]` for a secret, and of the command only the program.
     pub(super) fn for_log(&self) -> Option<Value> {
         match self.value.as_ref()? {

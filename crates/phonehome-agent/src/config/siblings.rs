@@ -251,7 +251,7 @@ mod tests {
     use super::*;
     use crate::config::{
         Args as AllArgs, Config, ProxySettings,
-        args::{Source, source},
+        given::{Source, source},
     };
 
     #[test]

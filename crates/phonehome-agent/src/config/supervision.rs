@@ -10,7 +10,10 @@ use phonehome_proto::signal;
 use rustix::fs::{Gid, Uid};
 use tracing::warn;
 
-use super::{ConfigError, args::duration};
+use super::{
+    ConfigError,
+    args::{Unfit, duration},
+};
 
 /// Options about the command's processes.
 #[derive(Debug, clap::Args)]
@@ -103,11 +106,11 @@ impl Default for Window {
     }
 }
 
-fn window(text: &str) -> Result<Window, String> {
+fn window(text: &str) -> Result<Window, Unfit> {
     let sides = text.split_once('x').and_then(|(columns, rows)| Some((columns.parse().ok()?, rows.parse().ok()?)));
     match sides {
         Some((columns @ 1.., rows @ 1..)) => Ok(Window { columns, rows }),
-        Some(_) | None => Err("it must be COLUMNSxROWS, such as 120x40".into()),
+        Some(_) | None => Err(Unfit("not COLUMNSxROWS, such as 120x40")),
     }
 }
 
@@ -143,27 +146,27 @@ fn primary_group(passwd: &str, uid: u32) -> Option<u32> {
     })
 }
 
-fn user(text: &str) -> Result<User, String> {
+fn user(text: &str) -> Result<User, Unfit> {
     let (uid, gid) = text.split_once(':').map_or((text, None), |(uid, gid)| (uid, Some(gid)));
     // -1 means "no change" to setuid(2), it is nobody's number.
     let id = |text: &str| text.parse().ok().filter(|id: &u32| *id != u32::MAX);
-    let bad = || "it must be UID or UID:GID, numbers, such as 1000:1000".to_owned();
-    let uid = id(uid).ok_or_else(bad)?;
-    Ok(User { uid, gid: gid.map(|gid| id(gid).ok_or_else(bad)).transpose()? })
+    let bad = Unfit("not UID or UID:GID, two numbers such as 1000:1000");
+    let uid = id(uid).ok_or(bad)?;
+    Ok(User { uid, gid: gid.map(|gid| id(gid).ok_or(bad)).transpose()? })
 }
 
-fn rewrite(text: &str) -> Result<(u8, u8), String> {
-    let bad = || "it must be FROM:TO, two signals by name or number, such as TERM:QUIT or 15:3".to_owned();
-    let (from, to) = text.split_once(':').ok_or_else(bad)?;
-    let to = if to == "0" { 0 } else { signal::parse(to).ok_or_else(bad)? };
-    Ok((signal::parse(from).ok_or_else(bad)?, to))
+fn rewrite(text: &str) -> Result<(u8, u8), Unfit> {
+    let bad = Unfit("not FROM:TO, two signals by name or number, such as TERM:QUIT or 15:3");
+    let (from, to) = text.split_once(':').ok_or(bad)?;
+    let to = if to == "0" { 0 } else { signal::parse(to).ok_or(bad)? };
+    Ok((signal::parse(from).ok_or(bad)?, to))
 }
 
-fn signal_number(text: &str) -> Result<u8, String> {
-    signal::parse(text).ok_or_else(|| "it must be the name or number of a signal, such as TERM or 15".into())
+fn signal_number(text: &str) -> Result<u8, Unfit> {
+    signal::parse(text).ok_or(Unfit("not the name or number of a signal, such as TERM or 15"))
 }
 
-fn seconds_or_duration(text: &str) -> Result<Duration, String> {
+fn seconds_or_duration(text: &str) -> Result<Duration, Unfit> {
     let is_number = text.bytes().all(|byte| byte.is_ascii_digit());
     if is_number { duration(&format!("{text}s")) } else { duration(text) }
 }
