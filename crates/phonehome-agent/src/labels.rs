@@ -79,7 +79,7 @@ impl Labeller {
     /// Ends only from outside.
     pub(crate) async fn run(mut self) {
         loop {
-            let mut watches = Watches::new(&self.files); // before the look, so that no change falls between the two
+            let mut watches = Watches::new(&self.env, &self.files).await; // before the look, so that no change falls between the two
             self.look().await;
             while let Ok(Ok(())) = timeout(PERIOD, watches.changed()).await {
                 sleep(SETTLE).await;
@@ -120,9 +120,11 @@ impl Labeller {
 struct Watches(Vec<Watch>);
 
 impl Watches {
-    fn new(files: &[Source]) -> Self {
-        let dirs: BTreeSet<_> = files.iter().filter_map(|file| file.path.as_deref()).map(directory).collect();
-        Self(dirs.into_iter().filter_map(|dir| Watch::new(dir).ok()).collect()) // the rest is looked at now and then
+    async fn new(env: &Env, files: &[Source]) -> Self {
+        let paths = files.iter().filter_map(|file| file.path.as_deref());
+        let dirs: BTreeSet<_> = paths.map(|path| directory(path).to_owned()).collect();
+        let watch = move || dirs.iter().filter_map(|dir| Watch::new(dir).ok()).collect();
+        Self(env.blocking(watch).await) // what cannot be watched is looked at now and then
     }
 
     /// Completes with an error when the watches are worth no more.
@@ -255,9 +257,9 @@ fn put_together(
     let annotations: BTreeMap<_, _> =
         annotations.iter().map(|(key, value)| (format!("{ANNOTATION}{key}"), value.clone())).collect();
     let sources = [&config.explicit, labels, &annotations, &config.identity];
-    let (mut room, mut left_out) = (Room::default(), Vec::new());
+    let (mut room, mut seen, mut left_out) = (Room::default(), BTreeSet::new(), Vec::new());
     for key in [&config.explicit, &config.identity, labels, &annotations].into_iter().flat_map(BTreeMap::keys) {
-        if room.taken.contains_key(key) || left_out.iter().any(|left: &LeftOut| left.key == *key) {
+        if !seen.insert(key) {
             continue;
         }
         let value = sources.iter().find_map(|source| source.get(key)).expect("each key is from one of them");
@@ -371,6 +373,14 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// It would take minutes if each label were compared with all others.
+    #[test]
+    fn a_file_of_nothing_but_labels_takes_no_time() {
+        let labels = (0..100_000).map(|number| (number.to_string(), String::new())).collect();
+        let (merged, left_out) = put_together(&LabelsConfig::default(), &labels, &labels);
+        assert_eq!((merged.len(), left_out.len()), (MAX_LABELS, 200_000 - MAX_LABELS));
     }
 
     #[tokio::test]

@@ -35,7 +35,7 @@ const GONE: ReadFlags = ReadFlags::IGNORED.union(ReadFlags::MOVE_SELF).union(Rea
 const BUFFER: usize = 4096;
 
 impl Watch {
-    /// Begins to watch a directory, which has to be there.
+    /// Begins to watch a directory, which has to be there. Looking for it may wait for a disk, or a network.
     ///
     /// # Errors
     ///

@@ -625,6 +625,21 @@ mod tests {
     }
 
     #[test]
+    fn the_account_of_a_step_has_its_end_and_what_it_used() {
+        let mut build = Build::new(&["main", "other"]);
+        let end = End::Signalled { signal: 9, core: false, oom: true };
+        let usage = Some(Usage { wall: 4, user: 3, system: 2, max_rss: 1 });
+        let finished =
+            Finished { next: 3, counts: counts(3), digest: Digest([7; 32]), end: end.clone(), time: 0, usage };
+        build.life.handle_finished(&step("main"), finished, FinishedAck::Complete, build.now);
+        build.life.handle_cancel("enough".into(), build.now);
+        let stored = Stored { attempt: 1, counts: counts(1), digest: Digest([0; 32]) };
+        let [main, other] = &build.life.verdict(|_| Some(stored.clone())).unwrap().steps[..] else { panic!() };
+        assert_eq!((&main.end, main.usage), (&Some(end), usage));
+        assert_eq!((&other.end, other.usage), (&None, None));
+    }
+
+    #[test]
     fn idle_counts_from_the_last_output_and_only_while_connected() {
         let clocks = Clocks { idle: Some(Duration::from_secs(60)), ..Clocks::default() };
         let mut build = Build::with(&["main"], clocks);
