@@ -22,6 +22,7 @@ use crate::{
     config::Redaction,
     console::{Copier, STALLED},
     outbox::expiry,
+    probe::output::OutputWatch,
     recorder::Recorder,
 };
 
@@ -31,6 +32,8 @@ pub(crate) struct Capture {
     recorder: Recorder,
     copier: Option<Copier>,
     masking: Option<Masking>,
+    /// Who waits for a line of the output, as it is recorded.
+    watched: Option<OutputWatch>,
     /// When output was last seen, for heartbeats.
     last_output: watch::Sender<Instant>,
     waivers: watch::Receiver<Waivers>,
@@ -84,11 +87,17 @@ impl Capture {
             recorder,
             copier,
             masking: redaction.map(Masking::new),
+            watched: None,
             last_output,
             waivers,
             turns: [Stream::Stdout, Stream::Stderr],
             rest: [PIPE_SIZE; 2],
         }
+    }
+
+    /// Shows the output to somebody who waits for a line of it.
+    pub(crate) fn watched_by(self, watched: Option<OutputWatch>) -> Self {
+        Self { watched, ..self }
     }
 
     /// Runs until both pipes are at their ends, or until nothing is left that the [`Waivers`] let it wait for.
@@ -216,6 +225,9 @@ impl Capture {
 
     async fn pass_on(&mut self, stream: Stream, block: BytesMut) {
         let payload = self.recorder.record(stream, block);
+        if let Some(watched) = &mut self.watched {
+            watched.feed(stream, &payload);
+        }
         let Some(copier) = &self.copier else { return };
         let copied = tokio::select! {
             biased;

@@ -254,6 +254,11 @@ fn owns_terminal() -> bool {
     tcgetpgrp(rustix::stdio::stdin()).is_ok_and(|foreground| foreground == getpgrp())
 }
 
+/// Has a process that is not the command begin with no signal blocked.
+pub(crate) fn unblock_signals(process: &mut std::process::Command) {
+    unix::prepare_child(process, false);
+}
+
 /// Whether any descendant lives, or has not been reaped: an orphan is a child of this process, so that there is a child as
 /// long as there is a descendant.
 pub(crate) fn has_descendants() -> bool {

@@ -150,7 +150,8 @@ impl Config {
     #[must_use]
     pub fn looks_at_output(&self) -> bool {
         let redacts = self.redaction.as_ref().is_some_and(|redaction| redaction.is_asked_for);
-        redacts || self.merge || self.supervision.pty.is_some()
+        let is_searched = matches!(self.siblings.ready_when, Some(ReadyWhen::Output(_)));
+        redacts || is_searched || self.merge || self.supervision.pty.is_some()
     }
 
     /// Adds what the variables of a pod tell about it to the labels.

@@ -5,7 +5,6 @@ use phonehome_proto::{
     frame::End,
 };
 use tokio::sync::watch;
-use tracing::info;
 
 use crate::{
     command::{Caught, Reaper, Signals},
@@ -13,6 +12,7 @@ use crate::{
     failure::{EXIT_TERMINATED, Failure},
     line::Line,
     recorder::Recorder,
+    siblings::{Siblings, Unborn},
     supervisor::recv,
     uplink::Delivery,
 };
@@ -30,12 +30,18 @@ pub(crate) struct Denied {
     pub(crate) end: End,
     /// Whether the agent itself was told to end.
     pub(crate) told_to_end: bool,
+    /// Whether it is because a sibling has died.
+    pub(crate) by_death: bool,
 }
 
 impl Denied {
+    /// For another reason than those.
+    pub(crate) fn because(end: End) -> Self {
+        Self { end, told_to_end: false, by_death: false }
+    }
+
     fn new(code: u8, reason: String) -> Self {
-        info!(code, reason, "the command is not started");
-        Self { end: End::NotStarted { code, reason }, told_to_end: false }
+        Self::because(End::NotStarted { code, reason })
     }
 }
 
@@ -45,6 +51,7 @@ const EARLY: usize = 64;
 /// What is looked at while the command waits.
 pub(crate) struct Gate<'a> {
     pub(crate) start: Start,
+    pub(crate) siblings: &'a mut Siblings,
     pub(crate) line: Option<&'a mut Line>,
     pub(crate) recorder: Option<&'a mut Recorder>,
     pub(crate) signals: &'a mut Signals,
@@ -68,12 +75,17 @@ impl Gate<'_> {
                 return Ok(Admission::Denied(denied));
             }
         }
-        while welcome.is_some() {
+        let mut is_alone = true;
+        while welcome.is_some() || is_alone {
             let mut cancels = self.line.as_mut().and_then(|line| line.cancels.take());
             let heard = tokio::select! {
                 biased; // who says no is heard first
                 caught = self.signals.next() => self.handle(caught, &mut early),
                 Some(cancel) = recv(&mut cancels) => Some(Denied::cancelled(&cancel.reason)),
+                births = self.siblings.births(), if is_alone => {
+                    is_alone = false;
+                    births.err().map(Denied::unborn)
+                }
                 () = attend(&mut self.recorder) => None,
                 () = welcomed(&mut welcome) => {
                     self.refusal().await?;
@@ -122,6 +134,10 @@ impl Gate<'_> {
 }
 
 impl Denied {
+    fn unborn(unborn: Unborn) -> Self {
+        Self { by_death: matches!(unborn, Unborn::Death(_)), ..Self::because(unborn.end()) }
+    }
+
     fn cancelled(reason: &str) -> Self {
         let reason = if reason.is_empty() { String::new() } else { format!(" ({reason})") };
         Self::new(EXIT_TERMINATED, format!("cancelled before it was started{reason}"))

@@ -8,9 +8,14 @@
 use std::sync::Arc;
 
 use phonehome_env::Nature;
-use phonehome_proto::{event::Event, frame::UnixMicros};
+use phonehome_proto::{
+    event::{Event, Fault},
+    frame::UnixMicros,
+};
 use tokio::sync::mpsc::{self, error::TrySendError};
 use tracing::warn;
+
+use crate::log;
 
 /// Tells. Its clones tell the same recorder.
 #[derive(Debug, Clone)]
@@ -29,11 +34,19 @@ pub(crate) struct News {
 /// Facts that wait for the recorder at most. They are few: each is a change in the life of one command.
 const QUEUE: usize = 256;
 
+/// Bytes of the own log that go with a fault: what led to it, and far below the size of a record.
+const TRACE: usize = 8 * 1024;
+
 impl Herald {
     /// A herald, and what it tells.
     pub(crate) fn new(nature: Arc<dyn Nature>) -> (Self, mpsc::Receiver<News>) {
         let (news, told) = mpsc::channel(QUEUE);
         (Self { nature, news }, told)
+    }
+
+    /// Tells of something that failed on this side, and what led to it.
+    pub(crate) fn fault(&self, reason: String) {
+        self.tell(Event::Error(Fault { reason, trace: log::recent(TRACE) }));
     }
 
     /// Tells what has just happened.

@@ -17,12 +17,10 @@ mod labels;
 pub mod line;
 pub mod log;
 mod outbox;
-#[cfg_attr(not(test), expect(dead_code, reason = "run() does not call it yet"))]
 mod probe;
 pub mod recorder;
 pub mod redact;
 mod run;
-#[cfg_attr(not(test), expect(dead_code, reason = "run() does not call it yet"))]
 mod siblings;
 mod spool;
 mod supervisor;

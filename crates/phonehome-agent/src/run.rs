@@ -1,6 +1,6 @@
 //! The agent's whole life on one page.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use phonehome_env::Env;
 use phonehome_proto::{
@@ -20,7 +20,9 @@ use crate::{
     gate::{Admission, Denied, Gate},
     herald::Herald,
     line::Line,
+    probe::{exec::Children, output::OutputWatch},
     recorder::Recorder,
+    siblings::Siblings,
     supervisor::{Capturing, HURRY, Patience, Supervisor, Watched},
     uplink::Delivery,
 };
@@ -45,23 +47,32 @@ async fn live(mut config: Config, console: &Console, signals: Blocked) -> Result
     let reaper = Reaper::default();
     let mut log = Log::open(&mut config).await?;
     let (output, sources) = log.sources(&config)?;
+    let runner = Arc::new(Children(reaper.clone()));
+    let mut siblings = Siblings::open(config.siblings.clone(), &Env::real(), Some(log.herald.clone()), runner);
     let gate = Gate {
         start: config.start,
+        siblings: &mut siblings,
         line: log.line.as_mut(),
         recorder: log.recorder.as_mut(),
         signals: &mut signals,
         reaper: &reaper,
     };
-    let (early, command) = match gate.admission().await? {
-        Admission::Granted(early) => {
-            let command = Command::spawn(&config.command, output, config.supervision.user, &[], &reaper);
-            (early, command.map_err(|end| Denied { end, told_to_end: false }))
+    let (early, command) = match gate.admission().await {
+        Ok(Admission::Granted(early)) => {
+            let variables: Vec<_> = siblings.variables().collect();
+            let command = Command::spawn(&config.command, output, config.supervision.user, &variables, &reaper);
+            (early, command.map_err(Denied::because))
         }
-        Admission::Denied(denied) => (Vec::new(), Err(denied)),
+        Ok(Admission::Denied(denied)) => (Vec::new(), Err(denied)),
+        Err(failure) => {
+            let end = End::NotStarted { code: failure.exit_code(), reason: failure.to_string() };
+            siblings.died(&end, None).await;
+            return Err(failure);
+        }
     };
     match command {
-        Ok(command) => attend(&config, log, (command, early), (signals, reaper), sources, console).await,
-        Err(denied) => never_started(&config, log, denied).await,
+        Ok(command) => attend(&config, log, siblings, (command, early), (signals, reaper), sources, console).await,
+        Err(denied) => never_started(&config, log, siblings, denied).await,
     }
 }
 
@@ -69,6 +80,7 @@ async fn live(mut config: Config, console: &Console, signals: Blocked) -> Result
 async fn attend(
     config: &Config,
     mut log: Log,
+    mut siblings: Siblings,
     (command, early): (Command, Vec<u8>),
     (signals, reaper): (Signals, Reaper),
     sources: Option<Sources>,
@@ -78,7 +90,11 @@ async fn attend(
     log.herald.tell(Event::Born(Born { program, pid: command.pid() }));
     log.tell_state(CommandState::Running);
     early.into_iter().for_each(|signal| command.pass_on(signal));
-    let capture = log.capture(config, sources, console)?;
+    let capture = log.capture(config, sources, siblings.take_output_watch(), console)?;
+    if capture.is_none() {
+        console.lend();
+    }
+    siblings.born();
     let watched = Watched {
         command,
         signals,
@@ -86,23 +102,32 @@ async fn attend(
         herald: log.herald.clone(),
         cancels: log.line.as_mut().and_then(|line| line.cancels.take()),
         patience: log.line.as_ref().and_then(|line| Patience::of(&config.spool, line.outbox())),
+        deaths: siblings.deaths(),
     };
-    let mut supervisor = Supervisor::new(watched, config.supervision.clone(), config.linger);
+    let death_signal = config.siblings.death_signal;
+    let mut supervisor = Supervisor::new(watched, config.supervision.clone(), death_signal, config.linger);
     let end = supervisor.ended().await;
     info!(code = end.code(), "the command ended");
     log.tell_state(CommandState::Ended);
+    let death = supervisor.death().map(ToOwned::to_owned);
+    let is_expected = config.siblings.expected_exits.allows(&end, death.is_some());
+    supervisor.until(None, siblings.died(&end, death.as_deref())).await;
     let deadline = Instant::now() + config.linger;
     let captured = match capture {
         Some(capture) => Some(supervisor.captured(capture, deadline).await?),
         None => {
             supervisor.outlived().await;
+            console.take_back();
             None
         }
     };
     let command = supervisor.command();
     let duration = u64::try_from(command.duration().as_millis()).unwrap_or(u64::MAX);
-    let terminated = cause::terminated(&end, command.ran_out_of_memory(), duration);
+    let mut terminated = cause::terminated(&end, command.ran_out_of_memory(), duration);
+    terminated.reason = terminated.reason.or(death);
     let (recorder, copier) = captured.map_or((None, None), |captured| (Some(captured.recorder), captured.copier));
+    // Who ended it for a death says whether that is a success; how it really ended is in the event.
+    let end = if is_expected { End::Exited(0) } else { end };
     let code = end.code();
     log.finish(config, recorder, end, terminated, Some(command.usage()));
     supervisor.leave(config.linger.min(HURRY));
@@ -123,18 +148,32 @@ async fn attend(
 }
 
 /// Nothing ran: only that is left to be told.
-async fn never_started(config: &Config, mut log: Log, denied: Denied) -> Result<u8, Failure> {
-    let Denied { end, told_to_end } = denied;
+async fn never_started(config: &Config, mut log: Log, mut siblings: Siblings, denied: Denied) -> Result<u8, Failure> {
+    let Denied { end, told_to_end, by_death } = denied;
+    let is_expected = config.siblings.expected_exits.allows(&end, by_death);
+    let code = if is_expected { 0 } else { end.code() };
     if let End::NotStarted { reason, .. } = &end {
-        error!("{reason}");
+        tell_why(&log, code, reason, told_to_end || by_death);
     }
-    let (code, recorder) = (end.code(), log.recorder.take());
+    siblings.died(&end, None).await;
+    let recorder = log.recorder.take();
     let terminated = cause::terminated(&end, false, 0);
+    let end = if is_expected { End::Exited(0) } else { end };
     log.finish(config, recorder, end, terminated, None);
     let stay = if told_to_end { config.linger.min(HURRY) } else { config.linger };
     let Some(mut line) = log.line.take() else { return Ok(code) };
     drop(tokio::time::timeout(stay, line.delivered()).await); // what close() finds then says how it ended
     judge(config, code, Some(line.close().await))
+}
+
+/// Says why nothing ran: as an error, unless it was somebody's wish.
+fn tell_why(log: &Log, code: u8, reason: &str, was_wished: bool) {
+    if was_wished {
+        warn!(code, "{reason}");
+    } else {
+        error!("{reason}");
+        log.herald.fault(reason.to_owned());
+    }
 }
 
 /// Stays alive, so that a person can look inside, until the time is over or somebody says TERM.
@@ -196,6 +235,7 @@ impl Log {
         &mut self,
         config: &Config,
         sources: Option<Sources>,
+        watch: Option<OutputWatch>,
         console: &Console,
     ) -> Result<Option<Capturing>, Failure> {
         let (Some(sources), Some(recorder)) = (sources, self.recorder.take()) else { return Ok(None) };
@@ -205,7 +245,8 @@ impl Log {
             self.line.as_ref().map_or_else(|| watch::Sender::new(Instant::now()), |line| line.last_output.clone());
         let (waivers, waivers_rx) = watch::channel(Waivers::default());
         let held = sources.held();
-        let capture = Capture::new(sources, recorder, copier, config.redaction.clone(), last_output, waivers_rx);
+        let capture = Capture::new(sources, recorder, copier, config.redaction.clone(), last_output, waivers_rx)
+            .watched_by(watch);
         Ok(Some(Capturing { task: tokio::spawn(capture.run()), waivers, held }))
     }
 

@@ -17,7 +17,6 @@ pub(crate) mod expected;
 mod graveyard;
 mod lookout;
 mod scribe;
-pub(crate) mod signal;
 mod tombstone;
 
 use std::{
@@ -28,8 +27,9 @@ use std::{
 
 use phonehome_env::Env;
 use phonehome_proto::{
-    event::{Event, Fault, Ready, Waiting},
+    event::{Event, Ready, Waiting},
     frame::End,
+    signal,
 };
 use tokio::{
     sync::{oneshot, watch},
@@ -327,7 +327,9 @@ impl Siblings {
 
     fn tell_fault(&self, reason: String) {
         warn!("{reason}");
-        self.tell(Event::Error(Fault { reason, trace: Vec::new() }));
+        if let Some(herald) = &self.herald {
+            herald.fault(reason);
+        }
     }
 }
 
@@ -427,9 +429,7 @@ fn timestamp(env: &Env) -> String {
 
 fn signal_of(end: &End) -> Option<String> {
     match end {
-        End::Signalled { signal, .. } => {
-            Some(signal::name((*signal).into()).map_or_else(|| signal.to_string(), Into::into))
-        }
+        End::Signalled { signal, .. } => Some(signal::name(*signal).into_owned()),
         End::Exited(_) | End::NotStarted { .. } => None,
     }
 }

@@ -23,6 +23,7 @@ use crate::{
     failure::Failure,
     herald::Herald,
     outbox::{Outbox, expiry},
+    siblings::Deaths,
 };
 
 /// The longest grace period that a cancel may ask for.
@@ -62,6 +63,11 @@ pub(crate) struct Supervisor {
     notice: Notice,
     cancels: Option<mpsc::Receiver<Cancel>>,
     patience: Option<Patience>,
+    deaths: Deaths,
+    /// What the command then gets.
+    death_signal: u8,
+    /// The death of a sibling for which the command was told to end.
+    death: Option<String>,
     plan: Plan,
     /// Who was told to end is killed by then.
     kill_by: Option<Instant>,
@@ -124,11 +130,12 @@ pub(crate) struct Watched {
     pub(crate) herald: Herald,
     pub(crate) cancels: Option<mpsc::Receiver<Cancel>>,
     pub(crate) patience: Option<Patience>,
+    pub(crate) deaths: Deaths,
 }
 
 impl Supervisor {
-    pub(crate) fn new(watched: Watched, config: Supervision, linger: Duration) -> Self {
-        let Watched { command, signals, reaper, herald, cancels, patience } = watched;
+    pub(crate) fn new(watched: Watched, config: Supervision, death_signal: u8, linger: Duration) -> Self {
+        let Watched { command, signals, reaper, herald, cancels, patience, deaths } = watched;
         let notice = config.fit(linger);
         let (plan, kill_by, settled, give_up, hurry) = (Plan::Nothing, None, false, false, None);
         Self {
@@ -140,6 +147,9 @@ impl Supervisor {
             notice,
             cancels,
             patience,
+            deaths,
+            death_signal,
+            death: None,
             plan,
             kill_by,
             settled,
@@ -147,6 +157,11 @@ impl Supervisor {
             hurry,
             told_to_end: false,
         }
+    }
+
+    /// The death of a sibling for which the command was told to end, before it did.
+    pub(crate) fn death(&self) -> Option<&str> {
+        self.death.as_deref()
     }
 
     pub(crate) fn command(&self) -> &Command {
@@ -286,6 +301,7 @@ impl Supervisor {
                 None => self.cancels = None,
             },
             () = expiry(self.plan.at()) => self.handle_plan(held),
+            death = self.deaths.next() => self.handle_death(&death.to_string()),
             () = Patience::ended(self.patience.as_ref()) => {
                 self.patience = None;
                 warn!("the server has been out of reach for --offline-limit; ending the command");
@@ -337,6 +353,14 @@ impl Supervisor {
         self.stop("the agent was told to end", self.notice.grace);
     }
 
+    fn handle_death(&mut self, death: &str) {
+        self.look(); // what has ended by itself was not ended for it
+        if self.command.end().is_none() {
+            self.death = Some(death.to_owned());
+            self.stop_with(self.death_signal, death, self.config.grace);
+        }
+    }
+
     fn handle_cancel(&mut self, cancel: &Cancel) {
         info!(reason = cancel.reason, "the server cancels the build");
         self.herald.tell(Event::Cancelled(Cancelled { reason: cancel.reason.clone() }));
@@ -344,13 +368,13 @@ impl Supervisor {
     }
 
     /// Begins to end the command, or tells it again: TERM now, KILL after `grace` at the latest.
-    pub(crate) fn stop(&mut self, reason: &str, grace: Duration) {
+    fn stop(&mut self, reason: &str, grace: Duration) {
         let number = self.config.rewrites.apply(Signal::TERM.as_raw() as u8).unwrap_or(Signal::TERM.as_raw() as u8);
         self.stop_with(number, reason, grace);
     }
 
     /// The same with another signal than TERM.
-    pub(crate) fn stop_with(&mut self, number: u8, reason: &str, grace: Duration) {
+    fn stop_with(&mut self, number: u8, reason: &str, grace: Duration) {
         if self.kill_by.is_none() && self.command.end().is_none() {
             info!(reason, "ending the command");
             let grace_ms = u64::try_from(grace.as_millis()).unwrap_or(u64::MAX);

@@ -9,12 +9,15 @@ use rustix::process::{Pid, WaitOptions, WaitStatus};
 use tokio::sync::watch;
 use tracing::debug;
 
+/// Who waits for which child.
+type Watched = HashMap<Pid, watch::Sender<Option<WaitStatus>>>;
+
 /// Reaps children, and tells those who wait for one. Its clones are the same reaper.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Reaper(Arc<Mutex<HashMap<Pid, watch::Sender<Option<WaitStatus>>>>>);
+pub(crate) struct Reaper(Arc<Mutex<Watched>>);
 
 impl Reaper {
-    fn lock(&self) -> MutexGuard<'_, HashMap<Pid, watch::Sender<Option<WaitStatus>>>> {
+    fn lock(&self) -> MutexGuard<'_, Watched> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -30,14 +33,26 @@ impl Reaper {
     pub(crate) fn reap(&self) {
         let mut watched = self.lock();
         while let Ok(Some((pid, status))) = rustix::process::wait(WaitOptions::NOHANG | WaitOptions::UNTRACED) {
-            if let Some(told) = watched.get(&pid) {
-                told.send_replace(Some(status));
-            } else {
-                debug!(pid = pid.as_raw_nonzero().get(), "reaped an orphan");
-            }
-            if !status.stopped() {
-                watched.remove(&pid);
-            }
+            tell(&mut watched, pid, status);
         }
+    }
+
+    /// Waits for one child only: other tests of this process have theirs.
+    #[cfg(test)]
+    pub(crate) fn reap_one(&self, child: Pid) -> WaitStatus {
+        let (pid, status) = rustix::process::waitpid(Some(child), WaitOptions::empty()).unwrap().unwrap();
+        tell(&mut self.lock(), pid, status);
+        status
+    }
+}
+
+fn tell(watched: &mut Watched, pid: Pid, status: WaitStatus) {
+    if let Some(told) = watched.get(&pid) {
+        told.send_replace(Some(status));
+    } else {
+        debug!(pid = pid.as_raw_nonzero().get(), "reaped an orphan");
+    }
+    if !status.stopped() {
+        watched.remove(&pid);
     }
 }

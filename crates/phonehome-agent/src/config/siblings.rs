@@ -3,15 +3,13 @@
 use std::{ffi::OsStr, fmt, path::PathBuf, str::FromStr, time::Duration};
 
 use clap::Args;
-use phonehome_proto::id::NameError;
 pub use phonehome_proto::id::StepName as SiblingName;
-use rustix::process::Signal;
+use phonehome_proto::{id::NameError, signal};
 
 use super::{
     ConfigError,
-    args::{Limit, limit},
+    args::{Limit, Unfit, limit},
 };
-use crate::siblings::signal;
 pub use crate::{
     probe::{Probe, ProbeError, ReadyWhen, output::Pattern},
     siblings::expected::{ExpectedExits, ExpectedExitsError},
@@ -45,7 +43,7 @@ pub struct SiblingsArgs {
 
     /// Signal that ends it then; KILL follows after the grace period [default: TERM]
     #[arg(long, env = "PHONEHOME_DEATH_SIGNAL", value_name = "SIGNAL", value_parser = death_signal, help_heading = "Siblings")]
-    pub death_signal: Option<Signal>,
+    pub death_signal: Option<u8>,
 
     /// Ends that count as success then: exit codes, ranges of them, signals, or any: 0-3,143,SIGINT. A crash never does
     #[arg(long, env = "PHONEHOME_EXPECTED_EXIT", value_name = "CODE,...", help_heading = "Siblings")]
@@ -104,7 +102,7 @@ pub struct SiblingsConfig {
     /// Whose death ends the command.
     pub death_deps: Vec<SiblingName>,
     /// The signal that ends it then.
-    pub death_signal: Signal,
+    pub death_signal: u8,
     /// How it may end then.
     pub expected_exits: ExpectedExits,
     /// Whose birth it waits for.
@@ -117,6 +115,9 @@ pub struct SiblingsConfig {
     pub ready_when: Option<ReadyWhen>,
 }
 
+/// What ends a command in an orderly way (signal(7)).
+const SIGTERM: u8 = 15;
+
 /// Where kubexit has it.
 const GRAVEYARD: &str = "/graveyard";
 
@@ -127,7 +128,7 @@ impl SiblingsConfig {
             graveyard: args.graveyard.clone().unwrap_or_else(|| GRAVEYARD.into()),
             generation: args.generation.clone(),
             death_deps: List::joined(&args.death_deps),
-            death_signal: args.death_signal.unwrap_or(Signal::TERM),
+            death_signal: args.death_signal.unwrap_or(SIGTERM),
             expected_exits: args.expected_exit.clone().unwrap_or_default(),
             birth_deps: List::joined(&args.birth_deps),
             wait_for: List::joined(&args.wait_for),
@@ -240,8 +241,8 @@ impl FromStr for WaitFor {
     }
 }
 
-fn death_signal(text: &str) -> Result<Signal, String> {
-    signal::parse(text).ok_or_else(|| "use a name or a number: TERM, SIGINT, 15".into())
+fn death_signal(text: &str) -> Result<u8, Unfit> {
+    signal::parse(text).ok_or(Unfit("not the name or number of a signal, such as TERM or 15"))
 }
 
 #[cfg(test)]
@@ -260,7 +261,7 @@ mod tests {
         assert_eq!((config.name, config.ready_when.is_none()), (None, true));
         assert!(config.death_deps.is_empty() && config.birth_deps.is_empty() && config.wait_for.is_empty());
         assert_eq!(config.expected_exits, ExpectedExits::default());
-        assert_eq!(config.death_signal, Signal::TERM);
+        assert_eq!(config.death_signal, SIGTERM);
         assert_eq!((config.graveyard, config.birth_timeout), ("/graveyard".into(), Some(Duration::from_secs(30))));
     }
 
@@ -282,7 +283,7 @@ mod tests {
         .unwrap();
         assert_eq!(config.name.unwrap().as_str(), "web");
         assert_eq!(config.death_deps.iter().map(SiblingName::as_str).collect::<Vec<_>>(), ["main", "other"]);
-        assert_eq!((config.death_signal, config.birth_timeout), (Signal::INT, None));
+        assert_eq!((config.death_signal, config.birth_timeout), (2, None));
         assert_eq!((config.graveyard, config.generation), ("/g".into(), Some("7".to_owned())));
         let births: Vec<_> = config.birth_deps.iter().map(ToString::to_string).collect();
         assert_eq!(births, ["db to be ready", "cache to be born"]);

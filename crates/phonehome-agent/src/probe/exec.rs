@@ -1,21 +1,21 @@
 //! Running a command as a probe, in a process that reaps every child itself.
 //!
-//! The agent takes the status of whichever child has ended (`waitpid(-1)`), so nobody else may wait for one. [`Children`]
-//! starts the command and is told by whoever reaps.
+//! The agent takes the status of whichever child has ended (`waitpid(-1)`), so nobody else may wait for one: the
+//! [`Reaper`] tells [`Children`] what has become of theirs.
 
 use std::{
-    collections::HashMap,
-    ffi::{OsStr, OsString},
+    ffi::OsString,
     fmt, io,
     os::unix::process::CommandExt,
     pin::Pin,
     process::{Command, Stdio},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use rustix::process::{Pid, Signal, WaitStatus, kill_process_group};
-use tokio::sync::oneshot;
-use tracing::{debug, trace};
+use tokio::sync::watch;
+use tracing::debug;
+
+use crate::command::{Reaper, unblock_signals};
 
 /// Runs commands. A run that is dropped is killed.
 pub(crate) trait Runner: fmt::Debug + Send + Sync {
@@ -26,73 +26,56 @@ pub(crate) trait Runner: fmt::Debug + Send + Sync {
 /// A command that runs.
 pub(crate) type Running = Pin<Box<dyn Future<Output = io::Result<u8>> + Send>>;
 
-/// Commands that run as children of this process. Clones are the same ones.
-#[derive(Debug, Clone, Default)]
-pub(crate) struct Children {
-    running: Arc<Mutex<HashMap<Pid, oneshot::Sender<u8>>>>,
-    /// Variables that they do not inherit.
-    secret: &'static [&'static str],
-}
+/// Commands that run as children of this process, and whose status this reaper tells.
+#[derive(Debug, Clone)]
+pub(crate) struct Children(pub(crate) Reaper);
 
 impl Children {
-    /// Of which none inherits these variables.
-    pub(crate) fn without(secret: &'static [&'static str]) -> Self {
-        Self { running: Arc::default(), secret }
-    }
-
-    /// Takes the status of a child that was reaped, and says whether it was one of these.
-    pub(crate) fn reaped(&self, child: Pid, status: WaitStatus) -> bool {
-        let Some(run) = self.lock().remove(&child) else { return false };
-        let signalled = || status.terminating_signal().map_or(u8::MAX, |signal| 128u8.saturating_add(signal as u8));
-        let code = status.exit_status().map_or_else(signalled, |code| code as u8); // wait(2): eight bits
-        if run.send(code).is_err() {
-            trace!("nobody waits for this command any more");
-        }
-        true
-    }
-
-    /// Starts one in a process group of its own. The lock is held meanwhile: its status cannot come before its number.
-    fn spawn(&self, command: &[OsString]) -> io::Result<(Guard, oneshot::Receiver<u8>)> {
+    /// Starts one in a process group of its own.
+    fn spawn(&self, command: &[OsString]) -> io::Result<Child> {
         let (program, arguments) = command.split_first().ok_or(io::ErrorKind::InvalidInput)?;
         let mut process = Command::new(program);
         process.args(arguments).process_group(0);
         process.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        for variable in self.secret {
-            process.env_remove(OsStr::new(variable));
-        }
-        let mut running = self.lock();
+        unblock_signals(&mut process);
         let child = process.spawn()?;
         let leader = Pid::from_raw(child.id().cast_signed()).expect("a child's process id is positive");
-        let (run, code) = oneshot::channel();
-        running.insert(leader, run);
-        Ok((Guard { children: self.clone(), leader }, code))
-    }
-
-    fn lock(&self) -> MutexGuard<'_, HashMap<Pid, oneshot::Sender<u8>>> {
-        self.running.lock().unwrap_or_else(PoisonError::into_inner) // a map is whole at every step
+        Ok(Child { leader, status: self.0.watch(leader) })
     }
 }
 
 impl Runner for Children {
     fn run(&self, command: &[OsString]) -> Running {
         let spawned = self.spawn(command);
-        Box::pin(async move {
-            let (_guard, code) = spawned?;
-            code.await.map_err(|_| io::Error::other("nobody reaps children any more"))
-        })
+        Box::pin(async move { spawned?.code().await })
     }
 }
 
 /// Kills the command with the last interest in it. While its status has not been taken its number is nobody else's.
-struct Guard {
-    children: Children,
+struct Child {
     leader: Pid,
+    status: watch::Receiver<Option<WaitStatus>>,
 }
 
-impl Drop for Guard {
+impl Child {
+    async fn code(mut self) -> io::Result<u8> {
+        let ended = |status: &Option<WaitStatus>| status.is_some_and(|status| !status.stopped());
+        let status =
+            *self.status.wait_for(ended).await.map_err(|_| io::Error::other("nobody reaps children any more"))?;
+        let signalled =
+            |status: WaitStatus| status.terminating_signal().map(|signal| 128u8.saturating_add(signal as u8));
+        let code = status.and_then(|status| status.exit_status().map(|code| code as u8).or_else(|| signalled(status)));
+        Ok(code.unwrap_or(u8::MAX)) // wait(2): one of both, and a code has eight bits
+    }
+
+    fn has_ended(&self) -> bool {
+        self.status.borrow().is_some_and(|status| !status.stopped())
+    }
+}
+
+impl Drop for Child {
     fn drop(&mut self) {
-        let mut running = self.children.lock();
-        if running.remove(&self.leader).is_some()
+        if !self.has_ended()
             && let Err(errno) = kill_process_group(self.leader, Signal::KILL)
         {
             debug!("a probe that was given up cannot be killed: {errno}");
@@ -102,46 +85,34 @@ impl Drop for Guard {
 
 #[cfg(test)]
 mod tests {
-    use rustix::process::{WaitOptions, waitpid};
-
     use super::*;
 
     #[tokio::test]
     async fn an_exit_code_comes_by_way_of_the_reaper() {
-        for (script, expected) in [("exit 3", 3), ("test -z \"$CARGO_MANIFEST_DIR\"", 0), ("kill -TERM $$", 143)] {
-            let children = Children::without(&["CARGO_MANIFEST_DIR"]);
-            let run = children.run(&["/bin/sh", "-c", script].map(OsString::from));
-            let (child, status) = reap(&children);
-            assert!(children.reaped(child, status));
-            assert!(!children.reaped(child, status), "a stranger who got the same number");
-            assert_eq!(run.await.unwrap(), expected, "{script}");
+        for (script, expected) in [("exit 3", 3), ("kill -TERM $$", 143)] {
+            let children = Children(Reaper::default());
+            let child = children.spawn(&["/bin/sh", "-c", script].map(OsString::from)).unwrap();
+            let leader = child.leader;
+            let code = tokio::spawn(child.code());
+            children.0.reap_one(leader);
+            assert_eq!(code.await.unwrap().unwrap(), expected, "{script}");
         }
     }
 
     #[tokio::test]
     async fn one_that_is_given_up_is_killed_with_all_that_it_started() {
-        let children = Children::default();
-        let run = children.run(&["/bin/sh", "-c", "sleep 1000 & wait"].map(OsString::from));
-        let leader = leader(&children);
-        drop(run);
-        let (_, status) = waitpid(Some(leader), WaitOptions::empty()).unwrap().unwrap();
-        assert_eq!(status.terminating_signal(), Some(Signal::KILL.as_raw()));
-        assert!(!children.reaped(leader, status), "nobody waits for it any more");
+        let children = Children(Reaper::default());
+        let child = children.spawn(&["/bin/sh", "-c", "sleep 1000 & wait"].map(OsString::from)).unwrap();
+        let leader = child.leader;
+        drop(child);
+        assert_eq!(children.0.reap_one(leader).terminating_signal(), Some(Signal::KILL.as_raw()));
     }
 
     #[tokio::test]
     async fn one_that_cannot_be_started_is_an_error() {
-        let error = Children::default().run(&["/nowhere/at all".into()]).await.unwrap_err();
+        let children = Children(Reaper::default());
+        let error = children.run(&["/nowhere/at all".into()]).await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::NotFound);
-        assert!(Children::default().run(&[]).await.is_err());
-    }
-
-    /// As the agent does, but for this one child: other tests have theirs.
-    fn reap(children: &Children) -> (Pid, WaitStatus) {
-        waitpid(Some(leader(children)), WaitOptions::empty()).unwrap().unwrap()
-    }
-
-    fn leader(children: &Children) -> Pid {
-        *children.lock().keys().next().unwrap()
+        assert!(children.run(&[]).await.is_err());
     }
 }

@@ -1,11 +1,9 @@
 //! Which ends count as success when the agent itself has ended the command because a sibling died.
 
-use std::{ops::RangeInclusive, str::FromStr};
+use std::{borrow::Cow, ops::RangeInclusive, str::FromStr};
 
-use phonehome_proto::frame::End;
+use phonehome_proto::{frame::End, signal};
 use rustix::process::Signal;
-
-use super::signal;
 
 /// The ends that were expected. None by default.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -19,7 +17,7 @@ pub enum ExpectedExitsError {
     BadItem(String),
     /// The end by this signal is never the wish of whoever ended the command.
     #[error("{0} is a crash, which is never expected")]
-    Crash(&'static str),
+    Crash(Cow<'static, str>),
 }
 
 /// Signals that the kernel sends to a program that is broken, or that it sends itself for the same reason.
@@ -43,13 +41,17 @@ fn is_crash(end: &End) -> bool {
 }
 
 /// The crash that an exit code tells of, also when a shell passes it on.
-fn crash(code: u8) -> Option<&'static str> {
+fn crash(code: u8) -> Option<Cow<'static, str>> {
     let crash = CRASHES.into_iter().find(|crash| code == of_signal(*crash))?;
-    signal::name(crash.as_raw())
+    Some(signal::name(number(crash)))
 }
 
 fn of_signal(signal: Signal) -> u8 {
-    128u8.saturating_add(signal.as_raw() as u8) // signals are numbered up to 64
+    128 + number(signal)
+}
+
+fn number(signal: Signal) -> u8 {
+    signal.as_raw() as u8 // signals are numbered up to 64
 }
 
 impl FromStr for ExpectedExits {
@@ -73,7 +75,7 @@ fn item(text: &str) -> Result<Vec<RangeInclusive<u8>>, ExpectedExitsError> {
     }
     let code = match text.parse() {
         Ok(code) => code,
-        Err(_) => of_signal(signal::parse(text).ok_or_else(bad)?),
+        Err(_) => 128 + signal::parse(text).ok_or_else(bad)?,
     };
     match crash(code) {
         Some(name) => Err(ExpectedExitsError::Crash(name)),

@@ -5,7 +5,6 @@
 use std::{sync::Arc, time::Duration};
 
 use phonehome_env::Env;
-use phonehome_proto::event::{Event, Fault};
 use tokio::{sync::watch, time::timeout};
 use tracing::{debug, warn};
 
@@ -145,7 +144,7 @@ impl Carver {
         }
         warn!("{reason}; siblings that depend on this command will not learn of it");
         if let Some(herald) = &self.herald {
-            herald.tell(Event::Error(Fault { reason: reason.clone(), trace: Vec::new() }));
+            herald.fault(reason.clone());
         }
         self.trouble = Some(reason);
     }

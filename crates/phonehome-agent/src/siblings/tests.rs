@@ -5,6 +5,7 @@ use tokio::{net::TcpListener, sync::mpsc, time::timeout};
 
 use super::{tombstone::Tombstone, *};
 use crate::{
+    command::Reaper,
     config::{ExpectedExits, WaitFor},
     herald::News,
     probe::exec::Children,
@@ -367,7 +368,7 @@ fn nothing() -> SiblingsConfig {
         graveyard: "/nowhere".into(),
         generation: None,
         death_deps: Vec::new(),
-        death_signal: rustix::process::Signal::TERM,
+        death_signal: 15,
         expected_exits: ExpectedExits::default(),
         birth_deps: Vec::new(),
         wait_for: Vec::new(),
@@ -385,7 +386,7 @@ fn wait(name: &str, probe: &str) -> WaitFor {
 }
 
 fn runner() -> SharedRunner {
-    Arc::new(Children::default())
+    Arc::new(Children(Reaper::default()))
 }
 
 /// Says `READY=1` as the command would.
