@@ -299,7 +299,7 @@ mod tests {
             ("--name=..", "may not start with"),
             ("--birth-deps=:ready", "may not be empty"),
             ("--birth-deps=a:born", "may not stand in a name"),
-            ("--death-signal=SIGNOPE", "TERM, SIGINT, 15"),
+            ("--death-signal=SIGNOPE", "such as TERM or 15"),
             ("--expected-exit=SEGV", "SIGSEGV is a crash"),
             ("--wait-for=tcp:80", "NAME=PROBE"),
             ("--wait-for=db=output:x", "--ready-when"),
