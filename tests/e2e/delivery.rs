@@ -148,7 +148,9 @@ async fn check_short(build: &ExpectedBuild, number: usize) {
 async fn printed(mut log: BuildLog) -> Vec<u8> {
     let mut bytes = Vec::new();
     while let Some(LogItem::Record(record)) = log.next().await.unwrap() {
-        bytes.extend_from_slice(&record.record.payload);
+        if record.record.stream.is_output() {
+            bytes.extend_from_slice(&record.record.payload);
+        }
     }
     bytes
 }

@@ -61,7 +61,7 @@ async fn the_next_agent_delivers_what_a_killed_one_left_before_its_own() {
     assert!(log.len() as u64 + 3 * MIB > whole.len() as u64 && log.len() as u64 > 100 * KIB, "{} bytes", log.len());
     assert!(!attempt(&data, 1).join("finished.json").exists());
     Stored::read(&data, "b", "main", 2).assert_complete();
-    let [took_over] = &events(&data, 2)[..] else { panic!("{:?}", events(&data, 2)) };
+    let [took_over] = &of_kind("took-over", &data, 2)[..] else { panic!("{:?}", events(&data, 2)) };
     assert_eq!((&took_over["event"], &took_over["finished"]), (&"took-over".into(), &false.into()));
     assert!(took_over["records"].as_u64().unwrap() > 0);
     assert!(ended.stdout == [&log[..], b"5\n6\n7\n8\n9\n"].concat(), "{}", ended.stderr());
@@ -87,7 +87,7 @@ async fn several_attempts_may_wait() {
     let mut last = hook.agent(&options(&spool, &[]), "echo life 4");
     let ended = hook.ended().await;
     assert_eq!((ended.code, ended.stdout()), (0, "life 1\nlife 2\nlife 3\nlife 4\n".to_owned()));
-    assert_eq!((last.ended().await, events(&data, 4).len()), (0, 3), "{:?}", events(&data, 4));
+    assert_eq!((last.ended().await, of_kind("took-over", &data, 4).len()), (0, 3), "{:?}", events(&data, 4));
     assert_eq!(fs::read_dir(&spool).unwrap().count(), 0, "{:?}", files(&spool));
 }
 
@@ -224,13 +224,13 @@ async fn dropped_output_leaves_head_and_tail_and_a_count_that_adds_up() {
     proxy.set(Mode::Forward);
     let ended = hook.ended().await;
     let (whole, told) = (lines(1..=2_000_000), ended.stderr());
-    let missing: usize = events(&data, 1).iter().map(|gap| gap["bytes"].as_u64().unwrap() as usize).sum();
+    let missing: usize = of_kind("gap", &data, 1).iter().map(|gap| gap["bytes"].as_u64().unwrap() as usize).sum();
     assert_eq!(ended.stdout.len() + missing, whole.len(), "{told}");
     let head = ended.stdout.iter().zip(whole.as_bytes()).take_while(|(one, other)| one == other).count();
     assert!(head as u64 > 2 * MIB + 256 * KIB, "only {head} bytes at the beginning");
     assert!(whole.as_bytes().ends_with(&ended.stdout[head..]), "the rest is not the end");
     assert!(ended.stdout.len() - head > 100 * KIB as usize, "only {} bytes at the end", ended.stdout.len() - head);
-    let [gap] = &events(&data, 1)[..] else { panic!("{:?}", events(&data, 1)) };
+    let [gap] = &of_kind("gap", &data, 1)[..] else { panic!("{:?}", events(&data, 1)) };
     assert_eq!((&gap["event"], &gap["stream"], &gap["cause"]), (&"gap".into(), &"stdout".into(), &"spool-full".into()));
     assert!(told.contains(&format!("{missing} bytes of stdout of step main are missing here: spool-full")), "{told}");
     assert!(told.contains(&format!("the log is not complete: step main: {missing} bytes were dropped")), "{told}");
@@ -635,6 +635,11 @@ fn attempt(data: &Path, number: u32) -> PathBuf {
 fn events(data: &Path, number: u32) -> Vec<Value> {
     let events = fs::read_to_string(attempt(data, number).join("events")).unwrap();
     events.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+/// Those of one kind.
+fn of_kind(kind: &str, data: &Path, number: u32) -> Vec<Value> {
+    events(data, number).into_iter().filter(|event| event["event"] == kind).collect()
 }
 
 /// All files below a directory, with their sizes. They come and go.

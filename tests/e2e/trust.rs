@@ -250,7 +250,10 @@ async fn take_log(stream: TlsStream<TcpStream>) -> Visit {
     let mut output = Vec::new();
     loop {
         match next(&mut socket).await {
-            AgentFrame::Records(records) => records.iter().for_each(|record| output.extend_from_slice(&record.payload)),
+            AgentFrame::Records(records) => {
+                let ours = records.iter().filter(|record| record.stream.is_output());
+                ours.for_each(|record| output.extend_from_slice(&record.payload));
+            }
             AgentFrame::Finished(_) => break,
             other => panic!("neither records nor the end: {other:?}"),
         }
