@@ -24,6 +24,7 @@ use crate::{
     config::{OnOffline, Overflow},
     herald::{Herald, News},
     outbox::Outbox,
+    redact::Redactor,
 };
 
 /// The account of an attempt and the way into its outbox.
@@ -36,6 +37,7 @@ pub struct Recorder {
     ring: Ring,
     herald: Herald,
     news: mpsc::Receiver<News>,
+    redactor: Option<Redactor>,
     out_of_time: bool,
     /// Why output was dropped last.
     cause: Cause,
@@ -85,7 +87,12 @@ impl Recorder {
         let (tally, ring) = (Tally::default(), Ring::default());
         let (herald, news) = Herald::new(env.nature.clone());
         let (cause, warned, out_of_time) = (Cause::SpoolFull, false, false);
-        Self { env, outbox, tally, policy, ring, herald, news, out_of_time, cause, warned }
+        Self { env, outbox, tally, policy, ring, herald, news, redactor: None, out_of_time, cause, warned }
+    }
+
+    /// Masks facts as well: the name of a program may hold a secret, or an error that quotes it.
+    pub(crate) fn redact(&mut self, redactor: Redactor) {
+        self.redactor = Some(redactor);
     }
 
     /// One whose records go nowhere, for output that is only copied.
@@ -165,7 +172,10 @@ impl Recorder {
     }
 
     fn event(&mut self, time: UnixMicros, event: &Event) {
-        self.push(Stream::Event, time, with_headroom(&event.payload()));
+        let payload = event.payload();
+        let masked =
+            self.redactor.as_ref().map(|redactor| redactor.mask_text(&String::from_utf8_lossy(&payload)).into_owned());
+        self.push(Stream::Event, time, with_headroom(masked.as_ref().map_or(&payload, String::as_bytes)));
     }
 
     pub(crate) fn took_over(&mut self, records: u64, finished: bool) {

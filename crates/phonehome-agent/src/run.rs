@@ -150,6 +150,7 @@ async fn attend(
 /// Nothing ran: only that is left to be told.
 async fn never_started(config: &Config, mut log: Log, mut siblings: Siblings, denied: Denied) -> Result<u8, Failure> {
     let Denied { end, told_to_end, by_death } = denied;
+    let end = masked(config, end);
     let is_expected = config.siblings.expected_exits.allows(&end, by_death);
     let code = if is_expected { 0 } else { end.code() };
     if let End::NotStarted { reason, .. } = &end {
@@ -164,6 +165,16 @@ async fn never_started(config: &Config, mut log: Log, mut siblings: Siblings, de
     let Some(mut line) = log.line.take() else { return Ok(code) };
     drop(tokio::time::timeout(stay, line.delivered()).await); // what close() finds then says how it ended
     judge(config, code, Some(line.close().await))
+}
+
+/// The same end, in whose words no secret is.
+fn masked(config: &Config, end: End) -> End {
+    match (end, &config.redaction) {
+        (End::NotStarted { code, reason }, Some(redaction)) => {
+            End::NotStarted { code, reason: redaction.redactor.mask_text(&reason).into_owned() }
+        }
+        (end, _) => end,
+    }
 }
 
 /// Says why nothing ran: as an error, unless it was somebody's wish.
@@ -207,7 +218,7 @@ struct Log {
 impl Log {
     async fn open(config: &mut Config) -> Result<Self, Failure> {
         let env = Env::real();
-        let (line, recorder) = match config.home.take() {
+        let (line, mut recorder) = match config.home.take() {
             Some(home) => {
                 let (line, recorder) = Line::open(&env, home, &config.spool).await?;
                 (Some(line), Some(recorder))
@@ -217,6 +228,9 @@ impl Log {
                 (None, config.looks_at_output().then(|| Recorder::for_nobody(env.clone())))
             }
         };
+        if let (Some(recorder), Some(redaction)) = (&mut recorder, &config.redaction) {
+            recorder.redact(redaction.redactor.clone());
+        }
         let herald = recorder.as_ref().map_or_else(|| Herald::new(env.nature).0, Recorder::herald);
         Ok(Self { line, recorder, herald })
     }

@@ -38,6 +38,18 @@ fn what_cannot_be_redacted_keeps_the_command_from_starting() {
     }
 }
 
+#[test]
+fn what_is_said_of_a_command_shows_no_secret_either() {
+    for options in [&[][..], &["--url", "ws://127.0.0.1:9", "--build", "b", "--linger", "0s"]] {
+        let mut agent = Command::new(env!("CARGO_BIN_EXE_phonehome-agent"));
+        agent.args(["--redact-env", "SECRET"]).args(options).args(["--", "/nowhere/hunter2-hunter2/make"]);
+        let output = run(agent.env("SECRET", "hunter2-hunter2"));
+        let said = stderr(&output);
+        assert_eq!(output.status.code(), Some(127));
+        assert!(said.contains("cannot run /nowhere/[redacted]/make") && !said.contains("hunter2"), "{said}");
+    }
+}
+
 /// The agent with a server that is not there, for at most 20 s: port 9 of loopback refuses.
 fn agent(options: &[&str]) -> Command {
     let mut command = Command::new("timeout");
