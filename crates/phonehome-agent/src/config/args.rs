@@ -272,7 +272,24 @@ pub enum Level {
 
 #[cfg(test)]
 mod tests {
+    use clap::CommandFactory;
+
     use super::*;
+
+    #[test]
+    fn every_option_stands_in_the_documentation_with_its_variable_and_its_default() {
+        let page = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/agent.md"));
+        for arg in Args::command().get_opts().filter(|arg| !arg.is_hide_set()) {
+            let name = arg.get_long().expect("an option has a long name");
+            let row = page.lines().find(|line| line.starts_with(&format!("| `--{name}` |")));
+            let columns: Vec<_> = row.unwrap_or_else(|| panic!("--{name} has no row")).split(" | ").collect();
+            let variable = arg.get_env().map_or("none".into(), |variable| format!("`{}`", variable.to_string_lossy()));
+            assert!(columns[1].starts_with(&variable), "--{name}: {columns:?}");
+            for default in arg.get_default_values().iter().filter(|_| arg.get_action().takes_values()) {
+                assert_eq!(columns[2], format!("`{}`", default.to_string_lossy()), "--{name}");
+            }
+        }
+    }
 
     #[test]
     fn what_follows_the_command_is_its_own_and_what_precedes_it_is_ours() {
