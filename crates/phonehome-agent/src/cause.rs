@@ -6,6 +6,7 @@ use std::{
     io::{self, Write},
     os::unix::fs::OpenOptionsExt,
     path::Path,
+    time::Duration,
 };
 
 use phonehome_proto::{event::Terminated, frame::End, signal};
@@ -13,7 +14,8 @@ use rustix::fs::OFlags;
 use tracing::{debug, warn};
 
 /// The event that says how the command ended.
-pub(crate) fn terminated(end: &End, oom: bool, duration_ms: u64) -> Terminated {
+pub(crate) fn terminated(end: &End, oom: bool, duration: Duration) -> Terminated {
+    let duration_ms = u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
     let (signal, core, reason) = match end {
         End::Exited(_) => (None, false, None),
         End::NotStarted { reason, .. } => (None, false, Some(reason.clone())),
@@ -77,7 +79,7 @@ mod tests {
 
     #[test]
     fn a_failure_has_a_reason_and_a_success_has_none() {
-        let reason = |end: End, oom| reason(&terminated(&end, oom, 0));
+        let reason = |end: End, oom| reason(&terminated(&end, oom, Duration::ZERO));
         assert_eq!(reason(End::Exited(0), false), None);
         assert_eq!(reason(End::Exited(2), false).unwrap(), "the command exited with 2");
         assert_eq!(reason(End::Exited(1), true).unwrap(), "the command exited with 1, memory ran out");

@@ -1,5 +1,7 @@
 //! What has to be before the command may start, and who can forbid it.
 
+use std::error::Error;
+
 use phonehome_proto::{
     event::{Event, Waiting},
     frame::End,
@@ -38,6 +40,12 @@ impl Denied {
     /// For another reason than those.
     pub(crate) fn because(end: End) -> Self {
         Self { end, told_to_end: false, by_death: false }
+    }
+
+    /// For a failure of the agent's own.
+    pub(crate) fn failed(failure: &Failure) -> Self {
+        let reason = failure.source().map_or_else(|| failure.to_string(), |cause| format!("{failure}: {cause}"));
+        Self::new(failure.exit_code(), reason)
     }
 
     fn new(code: u8, reason: String) -> Self {

@@ -7,7 +7,10 @@ use phonehome_proto::{
     event::{Born, Event, Terminated},
     frame::{CommandState, End, Usage},
 };
-use tokio::{sync::watch, time::Instant};
+use tokio::{
+    sync::watch,
+    time::{Instant, sleep_until},
+};
 use tracing::{error, info, warn};
 
 use crate::{
@@ -36,135 +39,224 @@ use crate::{
 /// When the agent itself cannot do its work. Whatever happens to the command or on the wire is a code, not an error.
 pub fn run(config: Config, console: &Console, signals: Blocked) -> Result<u8, Failure> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
+    let termination_log = config.supervision.termination_log.clone();
     let result = runtime.block_on(live(config, console, signals));
     runtime.shutdown_background(); // a name look-up may still be under way, nobody waits for it
-    result
+    result.inspect_err(|failure| cause::leave_message(&termination_log, &failure.to_string()))
 }
 
 async fn live(mut config: Config, console: &Console, signals: Blocked) -> Result<u8, Failure> {
     command::prepare_process(&config.supervision);
-    let mut signals = Signals::new(signals)?;
+    let signals = Signals::new(signals)?;
     let reaper = Reaper::default();
-    let mut log = Log::open(&mut config).await?;
-    let (output, sources) = log.sources(&config)?;
+    let log = Log::open(&mut config).await?;
     let runner = Arc::new(Children(reaper.clone()));
-    let mut siblings = Siblings::open(config.siblings.clone(), &Env::real(), Some(log.herald.clone()), runner);
-    let gate = Gate {
-        start: config.start,
-        siblings: &mut siblings,
-        line: log.line.as_mut(),
-        recorder: log.recorder.as_mut(),
-        signals: &mut signals,
-        reaper: &reaper,
-    };
-    let (early, command) = match gate.admission().await {
-        Ok(Admission::Granted(early)) => {
-            let variables: Vec<_> = siblings.variables().collect();
-            let command = Command::spawn(&config.command, output, config.supervision.user, &variables, &reaper);
-            (early, command.map_err(Denied::because))
-        }
-        Ok(Admission::Denied(denied)) => (Vec::new(), Err(denied)),
-        Err(failure) => {
-            let end = End::NotStarted { code: failure.exit_code(), reason: failure.to_string() };
-            siblings.died(&end, None).await;
-            return Err(failure);
-        }
-    };
-    match command {
-        Ok(command) => attend(&config, log, siblings, (command, early), (signals, reaper), sources, console).await,
-        Err(denied) => never_started(&config, log, siblings, denied).await,
-    }
+    let siblings = Siblings::open(config.siblings.clone(), &Env::real(), Some(log.herald.clone()), runner);
+    Life { config, console, log, siblings, signals, reaper }.live().await
 }
 
-/// From the command's start to the agent's end.
-async fn attend(
-    config: &Config,
-    mut log: Log,
-    mut siblings: Siblings,
-    (command, early): (Command, Vec<u8>),
-    (signals, reaper): (Signals, Reaper),
+/// Everything that lasts from the agent's start to its end.
+struct Life<'a> {
+    config: Config,
+    console: &'a Console,
+    log: Log,
+    siblings: Siblings,
+    signals: Signals,
+    reaper: Reaper,
+}
+
+/// A command that was started, and how its output is read.
+struct Started {
+    command: Command,
     sources: Option<Sources>,
-    console: &Console,
-) -> Result<u8, Failure> {
-    let program = config.command.first().map(|program| program.to_string_lossy().into_owned()).unwrap_or_default();
-    log.herald.tell(Event::Born(Born { program, pid: command.pid() }));
-    log.tell_state(CommandState::Running);
-    early.into_iter().for_each(|signal| command.pass_on(signal));
-    let capture = log.capture(config, sources, siblings.take_output_watch(), console)?;
-    if capture.is_none() {
-        console.lend();
-    }
-    siblings.born();
-    let watched = Watched {
-        command,
-        signals,
-        reaper,
-        herald: log.herald.clone(),
-        cancels: log.line.as_mut().and_then(|line| line.cancels.take()),
-        patience: log.line.as_ref().and_then(|line| Patience::of(&config.spool, line.outbox())),
-        deaths: siblings.deaths(),
-    };
-    let death_signal = config.siblings.death_signal;
-    let mut supervisor = Supervisor::new(watched, config.supervision.clone(), death_signal, config.linger);
-    let end = supervisor.ended().await;
-    info!(code = end.code(), "the command ended");
-    log.tell_state(CommandState::Ended);
-    let death = supervisor.death().map(ToOwned::to_owned);
-    let is_expected = config.siblings.expected_exits.allows(&end, death.is_some());
-    supervisor.until(None, siblings.died(&end, death.as_deref())).await;
-    let deadline = Instant::now() + config.linger;
-    let captured = match capture {
-        Some(capture) => Some(supervisor.captured(capture, deadline).await?),
-        None => {
-            supervisor.outlived().await;
-            console.take_back();
-            None
-        }
-    };
-    let command = supervisor.command();
-    let duration = u64::try_from(command.duration().as_millis()).unwrap_or(u64::MAX);
-    let mut terminated = cause::terminated(&end, command.ran_out_of_memory(), duration);
-    terminated.reason = terminated.reason.or(death);
-    let (recorder, copier) = captured.map_or((None, None), |captured| (Some(captured.recorder), captured.copier));
-    // Who ended it for a death says whether that is a success; how it really ended is in the event.
-    let end = if is_expected { End::Exited(0) } else { end };
-    let code = end.code();
-    log.finish(config, recorder, end, terminated, Some(command.usage()));
-    supervisor.leave(config.linger.min(HURRY));
-    let deadline = deadline.max(Instant::now() + config.linger.min(HURRY));
-    let delivery = match log.line.take() {
-        Some(mut line) => {
-            supervisor.until(Some(deadline), line.delivered()).await;
-            Some(line.close().await)
-        }
-        None => None,
-    };
-    if let Some(copier) = copier {
-        supervisor.until(None, copier.finish()).await;
-    }
-    supervisor.left().await;
-    hold(&mut supervisor, config.supervision.hold[usize::from(code != 0)]).await;
-    judge(config, code, delivery)
 }
 
-/// Nothing ran: only that is left to be told.
-async fn never_started(config: &Config, mut log: Log, mut siblings: Siblings, denied: Denied) -> Result<u8, Failure> {
-    let Denied { end, told_to_end, by_death } = denied;
-    let end = masked(config, end);
-    let is_expected = config.siblings.expected_exits.allows(&end, by_death);
-    let code = if is_expected { 0 } else { end.code() };
-    if let End::NotStarted { reason, .. } = &end {
-        tell_why(&log, code, reason, told_to_end || by_death);
+impl Life<'_> {
+    async fn live(mut self) -> Result<u8, Failure> {
+        match self.start().await {
+            Ok(Ok(started)) => self.attend(started).await,
+            Ok(Err(denied)) => self.do_without(denied).await,
+            Err(failure) => {
+                let end = End::NotStarted { code: failure.exit_code(), reason: failure.to_string() };
+                self.siblings.died(&end, None).await;
+                Err(failure)
+            }
+        }
     }
-    siblings.died(&end, None).await;
-    let recorder = log.recorder.take();
-    let terminated = cause::terminated(&end, false, 0);
-    let end = if is_expected { End::Exited(0) } else { end };
-    log.finish(config, recorder, end, terminated, None);
-    let stay = if told_to_end { config.linger.min(HURRY) } else { config.linger };
-    let Some(mut line) = log.line.take() else { return Ok(code) };
-    drop(tokio::time::timeout(stay, line.delivered()).await); // what close() finds then says how it ended
-    judge(config, code, Some(line.close().await))
+
+    /// Waits until the command may be started, and starts it.
+    async fn start(&mut self) -> Result<Result<Started, Denied>, Failure> {
+        // Before the command exists: not even its first byte can be missed.
+        let (output, sources) = match self.log.sources(&self.config) {
+            Ok(both) => both,
+            Err(failure) => return Ok(Err(Denied::failed(&failure))),
+        };
+        let gate = Gate {
+            start: self.config.start,
+            siblings: &mut self.siblings,
+            line: self.log.line.as_mut(),
+            recorder: self.log.recorder.as_mut(),
+            signals: &mut self.signals,
+            reaper: &self.reaper,
+        };
+        let early = match gate.admission().await? {
+            Admission::Granted(early) => early,
+            Admission::Denied(denied) => return Ok(Err(denied)),
+        };
+        let variables: Vec<_> = self.siblings.variables().collect();
+        let user = self.config.supervision.user;
+        match Command::spawn(&self.config.command, output, user, &variables, &self.reaper) {
+            Ok(command) => {
+                early.into_iter().for_each(|signal| command.pass_on(signal));
+                Ok(Ok(Started { command, sources }))
+            }
+            Err(end) => Ok(Err(Denied::because(end))),
+        }
+    }
+
+    /// From the command's start to the agent's end.
+    async fn attend(mut self, Started { command, sources }: Started) -> Result<u8, Failure> {
+        let program = self.config.command.first().map(|program| program.to_string_lossy().into_owned());
+        self.log.herald.tell(Event::Born(Born { program: program.unwrap_or_default(), pid: command.pid() }));
+        self.log.tell_state(CommandState::Running);
+        let watch = self.siblings.take_output_watch();
+        let capture = self.log.capture(&self.config, sources, watch, self.console)?;
+        if capture.is_none() {
+            self.console.lend();
+        }
+        self.siblings.born();
+        let Self { config, console, mut log, mut siblings, signals, reaper } = self;
+        let watched = Watched {
+            command,
+            signals,
+            reaper,
+            herald: log.herald.clone(),
+            cancels: log.line.as_mut().and_then(|line| line.cancels.take()),
+            patience: log.line.as_ref().and_then(|line| Patience::of(&config.spool, line.outbox())),
+            deaths: siblings.deaths(),
+        };
+        let mut supervisor =
+            Supervisor::new(watched, config.supervision.clone(), config.siblings.death_signal, config.linger);
+        let end = supervisor.ended().await;
+        info!(code = end.code(), "the command ended");
+        log.tell_state(CommandState::Ended);
+        let death = supervisor.death().map(ToOwned::to_owned);
+        let is_expected = config.siblings.expected_exits.allows(&end, death.is_some());
+        supervisor.until(None, siblings.died(&end, death.as_deref())).await;
+        let deadline = Instant::now() + config.linger;
+        let (recorder, copier) = match capture {
+            Some(capture) => {
+                let captured = supervisor.captured(capture, deadline).await?;
+                (Some(captured.recorder), captured.copier)
+            }
+            None => {
+                supervisor.outlived().await;
+                console.take_back();
+                (None, None)
+            }
+        };
+        let command = supervisor.command();
+        let mut terminated = cause::terminated(&end, command.ran_out_of_memory(), command.duration());
+        terminated.reason = terminated.reason.or(death);
+        let end = judged(end, is_expected);
+        let code = end.code();
+        log.finish(&config, recorder, end, terminated, Some(command.usage()));
+        supervisor.leave(config.linger.min(HURRY));
+        let deadline = deadline.max(Instant::now() + config.linger.min(HURRY));
+        let mut delivery = Outcome::Nobody;
+        if let Some(mut line) = log.line.take() {
+            supervisor.until(Some(deadline), line.delivered()).await;
+            delivery = Outcome::Of(line.close().await);
+        }
+        if let Some(copier) = copier {
+            supervisor.until(None, copier.finish()).await;
+        }
+        supervisor.left().await;
+        let hold = config.supervision.hold[usize::from(code != 0)];
+        if !hold.is_zero() && !supervisor.is_told_to_end() {
+            tell_hold(hold);
+            supervisor.until(Some(Instant::now() + hold), std::future::pending()).await;
+        }
+        delivery.exit_code(code, config.require_delivery)
+    }
+
+    /// Nothing runs: only that is left to be told.
+    async fn do_without(mut self, denied: Denied) -> Result<u8, Failure> {
+        let Denied { end, mut told_to_end, by_death } = denied;
+        let end = masked(&self.config, end);
+        let is_expected = self.config.siblings.expected_exits.allows(&end, by_death);
+        if let End::NotStarted { code, reason } = &end {
+            tell_why(&self.log, *code, reason, told_to_end || by_death);
+        }
+        self.siblings.died(&end, None).await;
+        let recorder = self.log.recorder.take();
+        let terminated = cause::terminated(&end, false, Duration::ZERO);
+        let end = judged(end, is_expected);
+        let code = end.code();
+        self.log.finish(&self.config, recorder, end, terminated, None);
+        let mut delivery = Outcome::Nobody;
+        if let Some(mut line) = self.log.line.take() {
+            self.stay(self.config.linger, &mut told_to_end, line.delivered()).await;
+            delivery = Outcome::Of(line.close().await);
+        }
+        let hold = self.config.supervision.hold[usize::from(code != 0)];
+        if !hold.is_zero() && !told_to_end {
+            tell_hold(hold);
+            self.stay(hold, &mut told_to_end, std::future::pending()).await;
+        }
+        delivery.exit_code(code, self.config.require_delivery)
+    }
+
+    /// Waits for `work`, but no longer than for `time`, and not for long once the agent was told to end.
+    async fn stay(&mut self, time: Duration, told_to_end: &mut bool, work: impl Future<Output = ()>) {
+        let mut work = std::pin::pin!(work);
+        let mut deadline = Instant::now() + if *told_to_end { time.min(HURRY) } else { time };
+        loop {
+            tokio::select! {
+                biased;
+                () = &mut work => return,
+                () = sleep_until(deadline) => return,
+                caught = self.signals.next() => {
+                    self.reaper.reap();
+                    if caught.ends().is_some() {
+                        *told_to_end = true;
+                        deadline = deadline.min(Instant::now() + HURRY);
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn tell_hold(time: Duration) {
+    warn!("holding for {} s; TERM ends it", time.as_secs_f64());
+}
+
+/// The end as it counts: who ended the command for a death says whether that is a success. How it really ended is in the
+/// event.
+fn judged(end: End, is_expected: bool) -> End {
+    if is_expected { End::Exited(0) } else { end }
+}
+
+/// What became of the log.
+enum Outcome {
+    /// There is nobody to deliver it to.
+    Nobody,
+    /// How the delivery ended, if it has.
+    Of(Option<Delivery>),
+}
+
+impl Outcome {
+    /// What to exit with when the command's own code is `code`.
+    fn exit_code(self, code: u8, is_required: bool) -> Result<u8, Failure> {
+        let why = match self {
+            Self::Nobody | Self::Of(Some(Delivery::Complete)) => return Ok(code),
+            Self::Of(_) if !is_required => return Ok(code),
+            Self::Of(Some(Delivery::Incomplete(why) | Delivery::Refused(why))) => why,
+            Self::Of(None) => "the server has not confirmed it in time".into(),
+        };
+        Err(Failure::Undelivered { code, why })
+    }
 }
 
 /// The same end, in whose words no secret is.
@@ -184,25 +276,6 @@ fn tell_why(log: &Log, code: u8, reason: &str, was_wished: bool) {
     } else {
         error!("{reason}");
         log.herald.fault(reason.to_owned());
-    }
-}
-
-/// Stays alive, so that a person can look inside, until the time is over or somebody says TERM.
-async fn hold(supervisor: &mut Supervisor, time: Duration) {
-    if time.is_zero() || supervisor.is_told_to_end() {
-        return;
-    }
-    warn!("holding for {} s; TERM ends it", time.as_secs_f64());
-    supervisor.until(Some(Instant::now() + time), std::future::pending()).await;
-}
-
-/// What to exit with.
-fn judge(config: &Config, code: u8, delivery: Option<Option<Delivery>>) -> Result<u8, Failure> {
-    match delivery {
-        None | Some(Some(Delivery::Complete)) => Ok(code),
-        Some(_) if !config.require_delivery => Ok(code),
-        Some(Some(Delivery::Incomplete(why) | Delivery::Refused(why))) => Err(Failure::Undelivered { code, why }),
-        Some(None) => Err(Failure::Undelivered { code, why: "the server has not confirmed it in time".into() }),
     }
 }
 

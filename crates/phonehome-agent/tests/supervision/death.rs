@@ -74,3 +74,13 @@ fn after_term_everything_is_over_within_the_pods_grace() {
     assert_eq!(agent.0.wait().unwrap().code(), Some(137));
     assert!(begin.elapsed() < Duration::from_secs(4), "{:?}", begin.elapsed());
 }
+
+#[test]
+fn what_could_not_run_is_told_and_held_like_any_failure_and_term_ends_that() {
+    let options = ["--linger", "1h", "--hold-on-failure", "1h", "--", "/no/such/program"];
+    let mut agent = start(agent(UNREACHABLE).args(options).stderr(std::process::Stdio::piped()));
+    let mut told = std::io::BufRead::lines(std::io::BufReader::new(agent.0.stderr.take().unwrap()));
+    assert!(told.any(|line| line.unwrap().contains("cannot run /no/such/program")));
+    signal(&agent, "TERM");
+    assert_eq!(agent.0.wait().unwrap().code(), Some(127));
+}
