@@ -267,7 +267,7 @@ impl Supervisor {
                 () = expiry(hurry) => {}
             }
         }
-        if self.settled && self.kill_by.is_some() && self.config.leftovers != Leftovers::Leave {
+        if self.kill_by.is_some() && self.config.leftovers != Leftovers::Leave && command::has_descendants() {
             self.command.signal_everybody(Signal::KILL); // in a hurry, before the grace period was over
         }
     }
@@ -387,7 +387,7 @@ impl Supervisor {
         self.kill_by = Some(kill);
         self.plan = match self.plan {
             Plan::GiveUp(at) => Plan::GiveUp(at),
-            Plan::Settle(at) => Plan::Settle(at.min(kill)),
+            Plan::Settle(_) => Plan::Settle(Instant::now()), // those who are left have no more time of their own
             Plan::Kill(_) | Plan::Nothing => Plan::Kill(kill),
         };
         if self.settled && self.config.leftovers != Leftovers::Leave {

@@ -74,6 +74,22 @@ fn waiting_ends_with_term() {
 }
 
 #[test]
+fn in_a_hurry_nobody_is_left_behind_who_ignores_term() {
+    let script = "setsid sh -c \"trap '' TERM; echo \\$\\$; while :; do sleep 0.1; done\" & sleep 0.2; exit 3";
+    let mut agent =
+        start(agent(UNREACHABLE).args(["--linger", "1h", "--grace-period", "1h", "--", "sh", "-c", script]));
+    let mut lines = lines(&mut agent).map(Result::unwrap);
+    let daemon = lines.next().unwrap();
+    let begin = Instant::now();
+    while agent.0.try_wait().unwrap().is_none() {
+        signal(&agent, "TERM");
+        assert!(begin.elapsed() < Duration::from_secs(20));
+        std::thread::yield_now();
+    }
+    assert!(is_gone(&daemon));
+}
+
+#[test]
 fn what_is_left_is_read_for_a_while_and_not_touched() {
     let script = "setsid sh -c 'echo $$; exec sleep 1000' & sleep 0.2; echo over";
     let output = bounded(&[UNREACHABLE, &QUICK, &["--leftovers", "leave", "--", "sh", "-c", script]].concat());
