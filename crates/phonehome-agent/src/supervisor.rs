@@ -179,7 +179,7 @@ impl Supervisor {
     }
 
     /// Waits for the end of the output, and until those who outlived the command are looked after. After `deadline` the
-    /// capture waits for the server no longer, and in a hurry not for the reader of the copy either.
+    /// capture waits for the server no longer, and in a hurry neither for the reader of the copy nor for writers.
     pub(crate) async fn captured(&mut self, mut capture: Capturing, deadline: Instant) -> Result<Captured, Failure> {
         self.outlive();
         loop {
@@ -187,7 +187,7 @@ impl Supervisor {
             capture.waivers.send_replace(Waivers {
                 stalled_copy: true,
                 copy: self.is_hurried(),
-                writers: self.give_up,
+                writers: self.give_up || self.is_hurried(),
                 room: late,
             });
             let hurry = self.hurry.filter(|_| !self.is_hurried());
