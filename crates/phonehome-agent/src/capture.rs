@@ -19,11 +19,11 @@ use tracing::warn;
 use self::masking::Masking;
 use crate::{
     command::{PIPE_SIZE, Source, Sources},
-    config::Redaction,
     console::{Copier, STALLED},
     outbox::expiry,
     probe::output::OutputWatch,
     recorder::Recorder,
+    redact::Redactor,
 };
 
 /// Reads the command's output to its end.
@@ -77,7 +77,7 @@ impl Capture {
         sources: Sources,
         recorder: Recorder,
         copier: Option<Copier>,
-        redaction: Option<Redaction>,
+        redactor: Option<Redactor>,
         last_output: watch::Sender<Instant>,
         waivers: watch::Receiver<Waivers>,
     ) -> Self {
@@ -86,7 +86,7 @@ impl Capture {
             sources,
             recorder,
             copier,
-            masking: redaction.map(Masking::new),
+            masking: redactor.map(Masking::new),
             watched: None,
             last_output,
             waivers,
@@ -217,9 +217,7 @@ impl Capture {
     async fn finish_masking(&mut self) {
         let Some(masking) = &mut self.masking else { return };
         [Stream::Stdout, Stream::Stderr].into_iter().for_each(|stream| masking.finish(stream));
-        if let Some(account) = masking.account() {
-            self.recorder.herald().tell(account);
-        }
+        self.recorder.herald().tell(masking.account());
         self.pass_on_masked().await;
     }
 
@@ -303,7 +301,7 @@ mod tests {
         config::{OnOffline, Overflow},
         outbox::Outbox,
         recorder::Policy,
-        redact::{self, Redactor},
+        redact,
     };
 
     #[tokio::test]
@@ -385,7 +383,7 @@ mod tests {
         let outbox = Arc::new(Outbox::new(8 << 20));
         let (_waive, waivers) = watch::channel(Waivers::default());
         let mut capture = capture(out, Some(err), &outbox, waivers);
-        capture.masking = Some(Masking::new(redaction("hunter22")));
+        capture.masking = Some(Masking::new(redactor("hunter22")));
         let mut output = capture.last_output.subscribe();
         let capture = tokio::spawn(capture.run());
         stdout.write_all(b"password: hunt").await.unwrap();
@@ -416,7 +414,7 @@ mod tests {
         let outbox = Arc::new(Outbox::new(8 << 20));
         let (_waive, waivers) = watch::channel(Waivers::default());
         let mut capture = capture(out, None, &outbox, waivers);
-        capture.masking = Some(Masking::new(redaction("password1")));
+        capture.masking = Some(Masking::new(redactor("password1")));
         let capture = tokio::spawn(capture.run());
         stdout.write_all(b"password").await.unwrap();
         let start = Instant::now();
@@ -432,7 +430,7 @@ mod tests {
         let outbox = Arc::new(Outbox::new(8 << 20));
         let (_waive, waivers) = watch::channel(Waivers::default());
         let mut capture = capture(out, None, &outbox, waivers);
-        let mut masking = Masking::new(redaction("hunter22"));
+        let mut masking = Masking::new(redactor("hunter22"));
         masking.mask(Stream::Stdout, b"hunt", Instant::now() - 2 * redact::IDLE);
         capture.masking = Some(masking);
         stdout.write_all(b"er22").await.unwrap();
@@ -445,9 +443,9 @@ mod tests {
 
     const PATIENCE: Duration = Duration::from_secs(20);
 
-    fn redaction(value: &str) -> Redaction {
+    fn redactor(value: &str) -> Redactor {
         let values = [value.as_bytes().to_vec().into()];
-        Redaction { redactor: Redactor::new(values).unwrap().unwrap(), is_asked_for: true }
+        Redactor::new(values).unwrap().unwrap()
     }
 
     /// Of the first two records.

@@ -31,7 +31,7 @@ pub use self::{
     args::{Args, Level, Limit, OnOffline, Overflow, Start, Switch},
     given::Given,
     labels::{LabelList, LabelsArgs, LabelsConfig},
-    redact::{Origin, RedactArgs, RedactError, Redaction},
+    redact::{Origin, RedactArgs, RedactError},
     secret::Secret,
     siblings::{
         BirthDep, ExpectedExits, ExpectedExitsError, List, Pattern, Probe, ProbeError, ReadyWhen, SiblingName,
@@ -39,6 +39,8 @@ pub use self::{
     },
     supervision::{Leftovers, Notice, Rewrites, Supervision, SupervisionArgs, User, Window},
 };
+
+use crate::redact::Redactor;
 
 /// What the agent needs, checked: every value here can be used as it is.
 #[derive(Debug)]
@@ -62,7 +64,7 @@ pub struct Config {
     /// Whether a log that was not delivered complete is a failure.
     pub require_delivery: bool,
     /// What its output may not show.
-    pub redaction: Option<Redaction>,
+    pub redactor: Option<Redactor>,
     /// What is done about the other containers of the pod.
     pub siblings: SiblingsConfig,
 }
@@ -130,7 +132,7 @@ impl Config {
         let home = args.url.as_deref().map(|url| Home::try_from_args(url, &args, proxy)).transpose()?;
         let own_token = home.as_ref().and_then(|home| home.token.as_ref());
         Ok(Self {
-            redaction: Redaction::try_from_args(&args.redact, own_token, variable)?,
+            redactor: args.redact.redactor(own_token, variable)?,
             tee: args.tee == Switch::On,
             merge: args.merge,
             supervision,
@@ -149,9 +151,8 @@ impl Config {
     /// Whether the output has to be read even if it goes nowhere.
     #[must_use]
     pub fn looks_at_output(&self) -> bool {
-        let redacts = self.redaction.as_ref().is_some_and(|redaction| redaction.is_asked_for);
         let is_searched = matches!(self.siblings.ready_when, Some(ReadyWhen::Output(_)));
-        redacts || is_searched || self.merge || self.supervision.pty.is_some()
+        self.redactor.is_some() || is_searched || self.merge || self.supervision.pty.is_some()
     }
 
     /// Adds what the variables of a pod tell about it to the labels.

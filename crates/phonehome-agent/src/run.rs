@@ -261,9 +261,9 @@ impl Outcome {
 
 /// The same end, in whose words no secret is.
 fn masked(config: &Config, end: End) -> End {
-    match (end, &config.redaction) {
-        (End::NotStarted { code, reason }, Some(redaction)) => {
-            End::NotStarted { code, reason: redaction.redactor.mask_text(&reason).into_owned() }
+    match (end, &config.redactor) {
+        (End::NotStarted { code, reason }, Some(redactor)) => {
+            End::NotStarted { code, reason: redactor.mask_text(&reason).into_owned() }
         }
         (end, _) => end,
     }
@@ -301,8 +301,8 @@ impl Log {
                 (None, config.looks_at_output().then(|| Recorder::for_nobody(env.clone())))
             }
         };
-        if let (Some(recorder), Some(redaction)) = (&mut recorder, &config.redaction) {
-            recorder.redact(redaction.redactor.clone());
+        if let (Some(recorder), Some(redactor)) = (&mut recorder, &config.redactor) {
+            recorder.redact(redactor.clone());
         }
         let herald = recorder.as_ref().map_or_else(|| Herald::new(env.nature).0, Recorder::herald);
         Ok(Self { line, recorder, herald })
@@ -332,8 +332,8 @@ impl Log {
             self.line.as_ref().map_or_else(|| watch::Sender::new(Instant::now()), |line| line.last_output.clone());
         let (waivers, waivers_rx) = watch::channel(Waivers::default());
         let held = sources.held();
-        let capture = Capture::new(sources, recorder, copier, config.redaction.clone(), last_output, waivers_rx)
-            .watched_by(watch);
+        let capture =
+            Capture::new(sources, recorder, copier, config.redactor.clone(), last_output, waivers_rx).watched_by(watch);
         Ok(Some(Capturing { task: tokio::spawn(capture.run()), waivers, held }))
     }
 

@@ -18,7 +18,7 @@ fn the_copy_of_the_output_is_masked_across_writes_and_in_both_streams() {
 }
 
 #[test]
-fn options_can_be_variables_and_the_token_needs_none() {
+fn options_can_be_variables_and_the_token_is_one_more_value() {
     let mut agent = agent(&["--", "sh", "-c", "echo $ONE $TWO the-own-token"]);
     agent.envs([("ONE", "value-one"), ("TWO", "value-two"), ("PHONEHOME_TOKEN", "the-own-token")]);
     let output = run(agent.env("PHONEHOME_REDACT_ENV", "ONE,TWO"));

@@ -7,16 +7,12 @@ use phonehome_proto::{codec::binary::HEADROOM, event, event::Event, frame::Strea
 use tokio::time::Instant;
 
 use super::MIN_READ;
-use crate::{
-    config::Redaction,
-    redact::{Masker, Redactor},
-};
+use crate::redact::{Masker, Redactor};
 
 /// Both streams on their way past the redactor.
 #[derive(Debug)]
 pub(super) struct Masking {
     redactor: Redactor,
-    is_asked_for: bool,
     maskers: [Masker; 2],
     blocks: Blocks,
 }
@@ -30,10 +26,9 @@ struct Blocks {
 }
 
 impl Masking {
-    pub(super) fn new(redaction: Redaction) -> Self {
-        let Redaction { redactor, is_asked_for } = redaction;
+    pub(super) fn new(redactor: Redactor) -> Self {
         let maskers = [Masker::new(&redactor), Masker::new(&redactor)];
-        Self { redactor, is_asked_for, maskers, blocks: Blocks::default() }
+        Self { redactor, maskers, blocks: Blocks::default() }
     }
 
     /// Takes what was read.
@@ -70,11 +65,11 @@ impl Masking {
         self.blocks.full.pop_front()
     }
 
-    /// What there is to tell about it. A token that nobody has seen is no news.
-    pub(super) fn account(&self) -> Option<Event> {
+    /// What there is to tell about it.
+    pub(super) fn account(&self) -> Event {
         let replaced = self.maskers.iter().map(Masker::replaced).sum();
         let values = self.redactor.values() as u64;
-        (self.is_asked_for || replaced > 0).then_some(Event::Redaction(event::Redaction { values, replaced }))
+        Event::Redaction(event::Redaction { values, replaced })
     }
 }
 
@@ -134,7 +129,7 @@ mod tests {
         }
         assert_eq!(output, text.repeat(3).replace("secret", "[redacted]").as_bytes());
         let account = event::Redaction { values: 1, replaced: 3 * (MAX_PAYLOAD / 7) as u64 };
-        assert_eq!(masking.account(), Some(Event::Redaction(account)));
+        assert_eq!(masking.account(), Event::Redaction(account));
     }
 
     #[test]
@@ -150,17 +145,8 @@ mod tests {
         assert_eq!((masking.next(), masking.deadline()), (None, None));
     }
 
-    #[test]
-    fn a_token_that_nobody_has_seen_is_no_news() {
-        let mut masking = masking(&["the-token"]);
-        masking.is_asked_for = false;
-        assert_eq!(masking.account(), None);
-        masking.mask(Stream::Stdout, b"the-token", Instant::now());
-        assert_eq!(masking.account(), Some(Event::Redaction(event::Redaction { values: 1, replaced: 1 })));
-    }
-
     fn masking(values: &[&str]) -> Masking {
         let values = values.iter().map(|value| Zeroizing::new(value.as_bytes().to_vec()));
-        Masking::new(Redaction { redactor: Redactor::new(values).unwrap().unwrap(), is_asked_for: true })
+        Masking::new(Redactor::new(values).unwrap().unwrap())
     }
 }

@@ -40,15 +40,6 @@ pub struct RedactArgs {
     pub redact_file: Vec<PathBuf>,
 }
 
-/// What a run may not show.
-#[derive(Debug, Clone)]
-pub struct Redaction {
-    /// Finds it.
-    pub redactor: Redactor,
-    /// Whether somebody asked for it. Otherwise it is about the agent's own token only, which hardly ever shows.
-    pub is_asked_for: bool,
-}
-
 /// Where a value is from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Origin {
@@ -90,24 +81,27 @@ pub enum RedactError {
     Unreadable(Origin, #[source] io::Error),
 }
 
-impl Redaction {
-    /// Reads what `args` name; the token of this agent is never shown either.
-    pub(super) fn try_from_args(
-        args: &RedactArgs,
+impl RedactArgs {
+    /// Reads what they name. When that is anything, the token of this agent is not shown either; by itself it is not looked
+    /// for: the command never gets it, and looking costs a copy of the output.
+    pub(super) fn redactor(
+        &self,
         token: Option<&Secret>,
         variable: impl Fn(&OsStr) -> Option<OsString>,
-    ) -> Result<Option<Self>, RedactError> {
+    ) -> Result<Option<Redactor>, RedactError> {
         let mut values = Values::default();
-        for name in args.redact_env.iter().filter(|name| !name.is_empty()) {
+        for name in self.redact_env.iter().filter(|name| !name.is_empty()) {
             let value = variable(name).map(OsString::into_vec).unwrap_or_default();
             values.add(Origin::Variable(name.clone()), Zeroizing::new(value))?;
         }
-        for path in args.redact_file.iter().filter(|path| !path.as_os_str().is_empty()) {
+        for path in self.redact_file.iter().filter(|path| !path.as_os_str().is_empty()) {
             values.add_path(path)?;
         }
-        let is_asked_for = !values.0.is_empty();
+        if values.0.is_empty() {
+            return Ok(None);
+        }
         values.0.extend(token.map(|token| Zeroizing::new(token.expose().as_bytes().to_vec())));
-        Ok(Redactor::new(values.0)?.map(|redactor| Self { redactor, is_asked_for }))
+        Ok(Redactor::new(values.0)?)
     }
 }
 
@@ -191,14 +185,11 @@ mod tests {
         let file = dir.path().join("key");
         std::fs::write(&file, "from a file\r\n\n").unwrap();
         let redaction = read_args(&["A", "", "B"], &[&file], Some("the-token")).unwrap().unwrap();
-        assert!(redaction.is_asked_for);
-        assert_eq!(redaction.redactor.values(), 4);
+        assert_eq!(redaction.values(), 4);
         for value in ["value of A", "value of B", "from a file", "the-token"] {
-            assert_eq!(redaction.redactor.mask_text(&format!("{value}\n")), "[redacted]\n");
+            assert_eq!(redaction.mask_text(&format!("{value}\n")), "[redacted]\n");
         }
-        let own = read_args(&[], &[], Some("the-token")).unwrap().unwrap();
-        assert_eq!((own.is_asked_for, own.redactor.values()), (false, 1));
-        assert!(read_args(&[], &[], Some("tiny")).unwrap().is_none());
+        assert!(read_args(&[], &[], Some("the-token")).unwrap().is_none());
         assert!(read_args(&[], &[], None).unwrap().is_none());
     }
 
@@ -214,8 +205,8 @@ mod tests {
         }
         std::fs::create_dir(dir.path().join("directory")).unwrap();
         let redaction = read_args(&[], &[dir.path()], None).unwrap().unwrap();
-        assert_eq!(redaction.redactor.values(), 2);
-        assert_eq!(redaction.redactor.mask_text("somebody: correct horse"), "[redacted]: [redacted]");
+        assert_eq!(redaction.values(), 2);
+        assert_eq!(redaction.mask_text("somebody: correct horse"), "[redacted]: [redacted]");
     }
 
     #[test]
@@ -244,13 +235,13 @@ mod tests {
         assert!(read_args(&["UNSET", "EMPTY"], &[], None).unwrap().is_none());
     }
 
-    fn read_args(names: &[&str], files: &[&Path], token: Option<&str>) -> Result<Option<Redaction>, RedactError> {
+    fn read_args(names: &[&str], files: &[&Path], token: Option<&str>) -> Result<Option<Redactor>, RedactError> {
         let args = RedactArgs {
             redact_env: names.iter().map(OsString::from).collect(),
             redact_file: files.iter().map(PathBuf::from).collect(),
         };
         let token = token.map(|token| Secret::new(token.to_owned()));
-        Redaction::try_from_args(&args, token.as_ref(), |name| match name.to_str()? {
+        args.redactor(token.as_ref(), |name| match name.to_str()? {
             "UNSET" => None,
             "EMPTY" => Some("\n".into()),
             "SHORT" => Some("tiny\n".into()),
