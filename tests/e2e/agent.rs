@@ -3,7 +3,7 @@
 use rustix::process::Signal;
 use tokio::time::{Duration, Instant};
 
-use crate::harness::{Hook, Mode, Process, Proxy, Scene, agent};
+use crate::harness::{Hook, Mode, Process, Proxy, Scene, agent, skipped};
 
 #[tokio::test]
 async fn an_agent_whose_server_is_away_stays_no_longer_than_its_linger() {
@@ -131,4 +131,45 @@ async fn a_bad_option_is_the_agents_own_error() {
         assert_eq!(agent.ended().await, 125, "{options:?}");
         assert_eq!(agent.stdout.all().await, b"", "{options:?}");
     }
+}
+
+#[tokio::test]
+async fn a_token_that_was_used_is_nowhere_in_the_agents_memory() {
+    let mut hook = Hook::wait(&[]).await;
+    let mut agent = hook.agent(&["--hold", "1h"], "echo out");
+    assert_eq!(hook.ended().await.code, 0);
+    agent.stderr.shows("holding").await;
+    let token = hook.variable("TOKEN");
+    match copies_in_memory(&agent, token.as_bytes()) {
+        Ok(copies) => {
+            assert_eq!(copies, 0);
+            let build = hook.variable("BUILD").as_bytes();
+            assert!(copies_in_memory(&agent, build).unwrap() > 0, "what is no secret is found");
+        }
+        Err(error) => skipped(&format!("an agent's memory cannot be read by this user: {error}")),
+    }
+    agent.signal(Signal::TERM);
+    assert_eq!(agent.ended().await, 0);
+}
+
+/// How often `text` occurs in what a process has mapped and may write to (proc(5)).
+fn copies_in_memory(process: &Process, text: &[u8]) -> std::io::Result<usize> {
+    use std::{
+        fs::{File, read_to_string},
+        os::unix::fs::FileExt,
+    };
+    let pid = process.pid().as_raw_nonzero();
+    let memory = File::open(format!("/proc/{pid}/mem"))?;
+    let mut copies = 0;
+    for line in read_to_string(format!("/proc/{pid}/maps"))?.lines() {
+        let (range, rest) = line.split_once(' ').unwrap();
+        if rest.starts_with("rw") {
+            let (from, to) = range.split_once('-').unwrap();
+            let [from, to] = [from, to].map(|number| u64::from_str_radix(number, 16).unwrap());
+            let mut bytes = vec![0; usize::try_from(to - from).unwrap()];
+            memory.read_exact_at(&mut bytes, from)?;
+            copies += bytes.windows(text.len()).filter(|window| *window == text).count();
+        }
+    }
+    Ok(copies)
 }

@@ -4,6 +4,7 @@ mod dial;
 mod socket;
 #[cfg(feature = "tls")]
 mod tls;
+mod upgrade;
 
 use std::{sync::Arc, time::Duration};
 

@@ -6,19 +6,18 @@ use std::{
 };
 
 use base64::{Engine, prelude::BASE64_STANDARD};
-use http::{
-    HeaderValue, Request, StatusCode,
-    header::{AUTHORIZATION, RETRY_AFTER, SEC_WEBSOCKET_PROTOCOL},
-};
+use http::StatusCode;
 use phonehome_env::{Env, network::Transport, websocket};
-use phonehome_proto::codec::Codec;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     time::timeout,
 };
-use tokio_tungstenite::tungstenite::{self, client::IntoClientRequest};
+use tokio_tungstenite::{WebSocketStream, tungstenite::protocol::Role};
 
-use super::socket::{READ_BUFFER, Socket};
+use super::{
+    socket::{READ_BUFFER, Socket},
+    upgrade::{Refusal, UpgradeError, upgrade},
+};
 use crate::config::{Address, Proxy, Secret, Trust};
 
 /// Opens connections to one server.
@@ -45,8 +44,8 @@ pub(super) enum DialError {
     TimedOut,
     #[error("cannot reach {0}")]
     Unreachable(String, #[source] io::Error),
-    #[error("the websocket handshake failed")]
-    Upgrade(#[source] Box<tungstenite::Error>),
+    #[error("there is no websocket")]
+    Upgrade(#[source] UpgradeError),
 }
 
 /// From the first packet to the open websocket.
@@ -136,25 +135,11 @@ impl Dialler {
         Ok(tcp)
     }
 
-    async fn upgrade(&self, stream: Box<dyn Transport>) -> Result<Socket, DialError> {
-        let request = self.request().map_err(|error| DialError::Upgrade(Box::new(error)))?;
-        match tokio_tungstenite::client_async_with_config(request, stream, Some(websocket::config(READ_BUFFER))).await {
-            Ok((stream, _)) => Ok(Socket::new(stream)),
-            Err(tungstenite::Error::Http(response)) => Err(refusal(&response)),
-            Err(error) => Err(DialError::Upgrade(Box::new(error))),
-        }
-    }
-
-    fn request(&self) -> Result<Request<()>, tungstenite::Error> {
-        let mut request = self.address.endpoint.clone().into_client_request()?;
-        let headers = request.headers_mut();
-        headers.insert(SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static(Codec::Binary.subprotocol()));
-        if let Some(token) = &self.token {
-            let mut bearer = HeaderValue::from_str(&format!("Bearer {}", token.expose()))?;
-            bearer.set_sensitive(true);
-            headers.insert(AUTHORIZATION, bearer);
-        }
-        Ok(request)
+    async fn upgrade(&self, mut stream: Box<dyn Transport>) -> Result<Socket, DialError> {
+        let Self { env, address, token, .. } = self;
+        let beginning = upgrade(&mut *stream, &address.endpoint, token.as_ref(), &*env.nature).await?;
+        let config = Some(websocket::config(READ_BUFFER));
+        Ok(Socket::new(WebSocketStream::from_partially_read(stream, beginning, Role::Client, config).await))
     }
 
     async fn tcp(&self, host: &str, port: u16) -> Result<Box<dyn Transport>, DialError> {
@@ -214,20 +199,30 @@ fn percent_decoded(text: &str) -> Vec<u8> {
     decoded
 }
 
-fn refusal(response: &http::Response<Option<Vec<u8>>>) -> DialError {
-    let status = response.status();
-    let text = response.body().as_deref().map(printable).filter(|text| !text.is_empty());
+impl From<UpgradeError> for DialError {
+    fn from(error: UpgradeError) -> Self {
+        match error {
+            UpgradeError::Refused(refusal) => refused(&refusal),
+            UpgradeError::Garbled | UpgradeError::Io(_) | UpgradeError::Missing(_) | UpgradeError::TooLong => {
+                Self::Upgrade(error)
+            }
+        }
+    }
+}
+
+fn refused(refusal: &Refusal) -> DialError {
+    let status = refusal.status;
+    let text = printable(&refusal.text);
     let wish = if matches!(status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE) {
-        response.headers().get(RETRY_AFTER).and_then(retry_after).unwrap_or_default()
+        refusal.retry_after.as_deref().and_then(retry_after).unwrap_or_default()
     } else {
         Duration::ZERO
     };
-    DialError::Status(status, text.map_or(String::new(), |text| format!(": {text}")), wish)
+    DialError::Status(status, if text.is_empty() { text } else { format!(": {text}") }, wish)
 }
 
 /// Seconds or a date (RFC 9110, section 10.2.3).
-fn retry_after(value: &HeaderValue) -> Option<Duration> {
-    let text = value.to_str().ok()?;
+fn retry_after(text: &str) -> Option<Duration> {
     let wish = match text.parse() {
         Ok(seconds) => Duration::from_secs(seconds),
         Err(_) => httpdate::parse_http_date(text).ok()?.duration_since(SystemTime::now()).unwrap_or_default(),
@@ -247,7 +242,7 @@ mod tests {
 
     #[test]
     fn a_servers_wish_to_be_left_alone_is_read_and_bounded() {
-        let wish = |text| retry_after(&HeaderValue::from_static(text));
+        let wish = retry_after;
         assert_eq!(wish("7"), Some(Duration::from_secs(7)));
         assert_eq!(wish("86400"), Some(MAX_RETRY_AFTER));
         assert_eq!(wish("Wed, 21 Oct 2015 07:28:00 GMT"), Some(Duration::ZERO));
