@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::support::{UNREACHABLE, agent, bounded, lines, signal, start, stderr, stdout};
+use crate::support::{UNREACHABLE, agent, bounded, is_gone, lines, signal, start, stderr, stdout};
 
 const QUICK: [&str; 4] = ["--linger", "0s", "--grace-period", "500ms"];
 
@@ -118,10 +118,4 @@ fn a_stranger_who_holds_the_output_is_named_and_never_signalled() {
     std::io::Read::read_to_string(&mut agent.0.stderr.take().unwrap(), &mut told).unwrap();
     assert!(told.contains(&format!("stdout held open by pid {} (", std::process::id())), "{told}");
     assert_eq!(agent.0.wait().unwrap().code(), Some(0));
-}
-
-fn is_gone(pid: &str) -> bool {
-    assert!(pid.parse::<u32>().is_ok(), "{pid}");
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    stat.is_empty() || stat.contains(") Z ")
 }

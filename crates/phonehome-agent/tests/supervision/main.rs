@@ -1,10 +1,17 @@
 //! The agent as a process: what it exits with, what it passes on, what it cleans up. No server is needed for that.
 
+mod cgroup;
 mod child;
 mod death;
+mod empty;
+mod hostile;
+mod init;
 mod leftovers;
+mod memory;
+mod server;
 mod signals;
 mod support;
+mod table;
 mod terminal;
 
 use std::{
@@ -15,22 +22,14 @@ use std::{
     time::Duration,
 };
 
-use http::HeaderValue;
-use phonehome_proto::{
-    codec::{Codec, Message},
-    frame::{AgentFrame, Cancel, Durable, End, FinishedAck, ServerFrame, Stream, Welcome},
-    limits,
-};
+use phonehome_proto::frame::{Cancel, End};
 use rustix::{
     fs::{OFlags, fcntl_setfl},
     pipe::{PipeFlags, pipe_with},
 };
 use tokio::time::Instant;
-use tokio_tungstenite::tungstenite::{
-    self,
-    handshake::server::{ErrorResponse, Request, Response},
-};
 
+use server::Server;
 use support::{AGENT, Running, UNREACHABLE, agent, run, signal, skipped, start, stderr};
 
 #[test]
@@ -268,13 +267,13 @@ fn an_endless_duration_is_refused() {
 
 #[test]
 fn a_cancel_before_the_start_means_never_started_and_the_server_is_told() {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let url = format!("ws://{}", listener.local_addr().unwrap());
-    let server = std::thread::spawn(move || serve_a_cancel(&listener));
-    let options = ["--url", &url, "--build", "b", "--start", "connected", "--", "echo", "started"];
+    let server = Server::that_cancels(Cancel { reason: "superseded".into(), grace: u64::MAX });
+    let options = ["--url", &server.url, "--build", "b", "--start", "connected", "--", "echo", "started"];
     let output = agent(&options).output().unwrap();
     assert_eq!((output.status.code(), &*output.stdout), (Some(143), &b""[..]), "{}", stderr(&output));
-    assert!(matches!(server.join().unwrap(), End::NotStarted { code: 143, .. }));
+    let told = server.told();
+    assert!(matches!(told.finished.end, End::NotStarted { code: 143, .. }));
+    assert_eq!(told.output, [b"", b""]);
 }
 
 /// The agent with a server that is not there, for at most 20 s.
@@ -302,52 +301,4 @@ fn full_pipe() -> (OwnedFd, OwnedFd) {
     while rustix::io::write(&writer, &[b'x'; 4096]).is_ok() {}
     fcntl_setfl(&writer, OFlags::empty()).expect("a pipe can be blocking");
     (reader, writer)
-}
-
-/// Welcomes one agent with a cancel and takes its FINISHED.
-fn serve_a_cancel(listener: &TcpListener) -> End {
-    let (connection, _) = listener.accept().expect("an agent calls");
-    connection.set_read_timeout(Some(Duration::from_secs(20))).expect("a socket can have a limit");
-    let mut socket = tungstenite::accept_hdr(connection, speak_binary).expect("it speaks websocket");
-    assert!(matches!(hear(&socket.read().expect("it speaks")), AgentFrame::Hello(_)));
-    let welcome = ServerFrame::Welcome(Welcome {
-        attempt: 1,
-        next: 0,
-        durable: Durable::Memory,
-        window: limits::WINDOW,
-        heartbeat: limits::HEARTBEAT.as_millis() as u64,
-        max_payload: limits::MAX_PAYLOAD as u32,
-        max_message: limits::MAX_MESSAGE as u32,
-        cancel: Some(Cancel { reason: "superseded".into(), grace: u64::MAX }),
-        server: String::new(),
-        capabilities: Vec::new(),
-    });
-    socket.send(say(&welcome)).expect("it listens");
-    let finished = loop {
-        match hear(&socket.read().expect("it speaks")) {
-            AgentFrame::Finished(finished) => break finished,
-            AgentFrame::Records(records) => assert!(records.iter().all(|record| record.stream == Stream::Event)),
-            frame @ (AgentFrame::Hello(_) | AgentFrame::Pong(_)) => panic!("not the end: {frame:?}"),
-        }
-    };
-    socket.send(say(&ServerFrame::FinishedAck(FinishedAck::Complete))).expect("it listens");
-    while socket.read().is_ok() {}
-    finished.end
-}
-
-#[expect(clippy::result_large_err, reason = "the library's signature")]
-fn speak_binary(_: &Request, mut response: Response) -> Result<Response, ErrorResponse> {
-    response.headers_mut().insert("sec-websocket-protocol", HeaderValue::from_static(Codec::Binary.subprotocol()));
-    Ok(response)
-}
-
-fn hear(message: &tungstenite::Message) -> AgentFrame {
-    Codec::Binary.decode_agent(&Message::Binary(message.clone().into_data())).expect("it is a frame")
-}
-
-fn say(frame: &ServerFrame) -> tungstenite::Message {
-    match Codec::Binary.encode_server(frame).expect("it is within limits") {
-        Message::Binary(wire) => tungstenite::Message::Binary(wire),
-        Message::Text(text) => panic!("not binary: {text}"),
-    }
 }

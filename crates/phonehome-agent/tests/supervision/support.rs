@@ -4,7 +4,10 @@ use std::{
     io::{BufRead, BufReader, Lines},
     os::unix::process::ExitStatusExt,
     process::{Child, ChildStdout, Command, Output, Stdio},
+    time::Duration,
 };
+
+use tokio::time::Instant;
 
 pub(crate) const AGENT: &str = env!("CARGO_BIN_EXE_phonehome-agent");
 
@@ -67,4 +70,45 @@ pub(crate) fn bounded(arguments: &[&str]) -> Output {
 
 pub(crate) fn stdout(output: &Output) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// A python that any user can run; `None`, and said, where there is none.
+pub(crate) fn python() -> Option<&'static str> {
+    let works = |path: &&str| Command::new(path).arg("--version").output().is_ok_and(|output| output.status.success());
+    let found = ["/usr/bin/python3", "python3"].into_iter().find(works);
+    if found.is_none() {
+        skipped("there is no python3");
+    }
+    found
+}
+
+/// Runs what is added to it as PID 1 of a namespace of its own, which dies with whoever started it; `None`, and said, where
+/// that is not possible.
+pub(crate) fn as_pid_1() -> Option<Command> {
+    let unshare = || {
+        let mut unshare = Command::new("unshare");
+        unshare.args(["--pid", "--fork", "--kill-child", "--mount-proc"]).stdin(Stdio::null());
+        unshare
+    };
+    let works = unshare().arg("true").output().is_ok_and(|output| output.status.success());
+    if !works {
+        skipped("unshare cannot make a pid namespace");
+    }
+    works.then(unshare)
+}
+
+/// What is left in a process's place: nothing, or a status that nobody has fetched.
+pub(crate) fn is_gone(pid: &str) -> bool {
+    assert!(pid.parse::<u32>().is_ok(), "{pid}");
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.is_empty() || stat.contains(") Z ")
+}
+
+/// Looks until it is so, for at most 20 s.
+pub(crate) fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !is_so() {
+        assert!(start.elapsed() < Duration::from_secs(20), "it never came to this: {what}");
+        std::thread::yield_now();
+    }
 }
