@@ -25,20 +25,29 @@ use zeroize::Zeroizing;
 ///
 /// A blocked signal waits, also for a PID 1, which otherwise would never see one without a handler.
 pub(super) fn block_signals() -> io::Result<OwnedFd> {
-    // SAFETY: for sigset_t and the kernel's sigaction, which are plain data, zeroes are valid and mean the default; every
-    // pointer is to a local that outlives its call and is large enough. No handler is installed, so no code runs in a
-    // signal's context.
+    // Not by way of the libc, which denies that it has a few of its own and leaves them out: sent by anybody, they would end
+    // this process. It needs them for nothing that this process does (pthread_cancel(3), setuid(2) with several threads).
+    let default = [0u64; KERNEL_SIGACTION];
+    let all = u64::MAX;
+    // SAFETY: for the kernel's sigaction, which is plain data, zeroes are valid and mean the default; its signal set is 64
+    // bits; every pointer is to a local that outlives its call and is large enough. No handler is installed, so no code
+    // runs in a signal's context. A descriptor that signalfd returns is nobody else's.
     unsafe {
-        // Not by way of the libc, which denies that it has two of its own. It fails for KILL and STOP only.
-        let default = [0u64; KERNEL_SIGACTION];
         for number in 1..=LAST_SIGNAL {
+            // It fails for KILL and STOP only.
             libc::syscall(libc::SYS_rt_sigaction, number, default.as_ptr(), ptr::null_mut::<u64>(), KERNEL_SIGSET);
         }
-        let mut all: libc::sigset_t = mem::zeroed();
-        libc::sigfillset(&raw mut all);
-        check(libc::pthread_sigmask(libc::SIG_BLOCK, &raw const all, ptr::null_mut()))?;
-        let descriptor = libc::signalfd(-1, &raw const all, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK);
-        if descriptor < 0 { Err(io::Error::last_os_error()) } else { Ok(OwnedFd::from_raw_fd(descriptor)) }
+        let how = libc::SIG_BLOCK;
+        if libc::syscall(libc::SYS_rt_sigprocmask, how, &raw const all, ptr::null_mut::<u64>(), KERNEL_SIGSET) < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let flags = libc::SFD_CLOEXEC | libc::SFD_NONBLOCK;
+        let descriptor = libc::syscall(libc::SYS_signalfd4, -1, &raw const all, KERNEL_SIGSET, flags);
+        RawFd::try_from(descriptor)
+            .ok()
+            .filter(|descriptor| *descriptor >= 0)
+            .map(|descriptor| OwnedFd::from_raw_fd(descriptor))
+            .ok_or_else(io::Error::last_os_error)
     }
 }
 

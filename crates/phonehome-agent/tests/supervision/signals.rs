@@ -38,6 +38,16 @@ fn every_signal_that_can_be_caught_reaches_the_command() {
 }
 
 #[test]
+fn signals_that_a_libc_keeps_for_itself_reach_the_command_too() {
+    for number in [32, 33, 34] {
+        let mut agent = start(&mut agent(&["--", "sh", "-c", "echo ready; exec sleep 1000"]));
+        assert_eq!(lines(&mut agent).next().unwrap().unwrap(), "ready");
+        signal(&agent, &number.to_string());
+        assert_eq!(agent.0.wait().unwrap().code(), Some(128 + number));
+    }
+}
+
+#[test]
 fn of_a_burst_of_real_time_signals_each_one_arrives() {
     if !has_python() {
         return skipped("there is no python3");
