@@ -294,19 +294,19 @@ impl Supervisor {
     /// Handles whatever happens next. Cancel safe.
     async fn step_with(&mut self, held: &[Held]) {
         tokio::select! {
-            biased;
-            caught = self.signals.next() => self.handle_signal(caught),
+            biased; // the command can send signals without end: they come last, so that they put nothing off
+            () = expiry(self.plan.at()) => self.handle_plan(held),
             cancel = recv(&mut self.cancels) => match cancel {
                 Some(cancel) => self.handle_cancel(&cancel),
                 None => self.cancels = None,
             },
-            () = expiry(self.plan.at()) => self.handle_plan(held),
             death = self.deaths.next() => self.handle_death(&death.to_string()),
             () = Patience::ended(self.patience.as_ref()) => {
                 self.patience = None;
                 warn!("the server has been out of reach for --offline-limit; ending the command");
                 self.stop("the server has been out of reach for too long", self.config.grace);
             }
+            caught = self.signals.next() => self.handle_signal(caught),
         }
     }
 
@@ -375,6 +375,7 @@ impl Supervisor {
 
     /// The same with another signal than TERM.
     fn stop_with(&mut self, number: u8, reason: &str, grace: Duration) {
+        self.look();
         if self.kill_by.is_none() && self.command.end().is_none() {
             info!(reason, "ending the command");
             let grace_ms = u64::try_from(grace.as_millis()).unwrap_or(u64::MAX);
@@ -397,6 +398,7 @@ impl Supervisor {
 
     fn handle_plan(&mut self, held: &[Held]) {
         let now = Instant::now();
+        self.look();
         self.plan = match self.plan {
             Plan::Nothing => Plan::Nothing,
             Plan::Settle(_) => self.settle(held, now),
