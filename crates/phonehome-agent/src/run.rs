@@ -1,6 +1,6 @@
 //! The agent's whole life on one page.
 
-use std::{sync::Arc, time::Duration};
+use std::{io, sync::Arc, time::Duration};
 
 use phonehome_env::Env;
 use phonehome_proto::{
@@ -38,12 +38,28 @@ use crate::{
 ///
 /// When the agent itself cannot do its work. Whatever happens to the command or on the wire is a code, not an error.
 pub fn run(config: Config, console: &Console, signals: Blocked) -> Result<u8, Failure> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
+    let mut runtime = tokio::runtime::Builder::new_current_thread();
+    let runtime = runtime.enable_io().enable_time().thread_keep_alive(FOR_EVER).build()?;
+    if config.home.is_some() || config.siblings.has_probes() {
+        keep_worker(&runtime)?;
+    }
     let termination_log = config.supervision.termination_log.clone();
     let result = runtime.block_on(live(config, console, signals));
     runtime.shutdown_background(); // a name look-up may still be under way, nobody waits for it
     result.inspect_err(|failure| cause::leave_message(&termination_log, &failure.to_string()))
 }
+
+/// Starts the thread that looks up names and waits for disks: later the command may have left no room for one, and the
+/// runtime panics when it needs its first and gets none.
+fn keep_worker(runtime: &tokio::runtime::Runtime) -> io::Result<()> {
+    let room = std::thread::Builder::new().spawn(|| ())?; // an error here, where the runtime would panic
+    drop(room.join()); // it does nothing
+    drop(runtime.spawn_blocking(|| ())); // nobody waits for nothing
+    Ok(())
+}
+
+/// Longer than any build.
+const FOR_EVER: Duration = Duration::from_secs(10 * 365 * 24 * 60 * 60);
 
 async fn live(mut config: Config, console: &Console, signals: Blocked) -> Result<u8, Failure> {
     command::prepare_process(&config.supervision);

@@ -122,6 +122,11 @@ const SIGTERM: u8 = 15;
 const GRAVEYARD: &str = "/graveyard";
 
 impl SiblingsConfig {
+    /// Whether something is looked at again and again.
+    pub(crate) fn has_probes(&self) -> bool {
+        !self.wait_for.is_empty() || self.ready_when.is_some()
+    }
+
     pub(super) fn try_from_args(args: &SiblingsArgs) -> Result<Self, ConfigError> {
         let config = Self {
             name: args.name.clone(),
