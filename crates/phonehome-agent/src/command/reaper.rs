@@ -5,7 +5,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use rustix::process::{Pid, WaitOptions, WaitStatus};
+use rustix::process::{Pid, Signal, WaitOptions, WaitStatus, getpid, kill_process};
 use tokio::sync::watch;
 use tracing::debug;
 
@@ -29,11 +29,18 @@ impl Reaper {
         watched
     }
 
-    /// Reaps every child that has ended: watched ones, and orphans that the system handed to this process.
+    /// Reaps children that have ended: watched ones, and orphans that the system handed to this process. Of very many,
+    /// the rest is announced once more: whoever makes orphans without end keeps this process from nothing else.
     pub(crate) fn reap(&self) {
         let mut watched = self.lock();
-        while let Ok(Some((pid, status))) = rustix::process::wait(WaitOptions::NOHANG | WaitOptions::UNTRACED) {
-            tell(&mut watched, pid, status);
+        for _ in 0..AT_ONCE {
+            match rustix::process::wait(WaitOptions::NOHANG | WaitOptions::UNTRACED) {
+                Ok(Some((pid, status))) => tell(&mut watched, pid, status),
+                Ok(None) | Err(_) => return,
+            }
+        }
+        if let Err(errno) = kill_process(getpid(), Signal::CHILD) {
+            debug!("the rest of the children is reaped later: {errno}");
         }
     }
 
@@ -45,6 +52,9 @@ impl Reaper {
         status
     }
 }
+
+/// Children reaped before anything else is looked at.
+const AT_ONCE: usize = 256;
 
 fn tell(watched: &mut Watched, pid: Pid, status: WaitStatus) {
     if let Some(told) = watched.get(&pid) {
