@@ -148,7 +148,11 @@ impl Command {
 
     /// Looks at what the reaper has seen of it.
     pub(crate) fn notice(&mut self) {
-        let Some(status) = *self.status.borrow_and_update() else { return };
+        let news = {
+            let seen = self.status.borrow_and_update();
+            seen.filter(|_| seen.has_changed()) // a stop that has been looked at is over
+        };
+        let Some(status) = news else { return };
         if !status.stopped() {
             self.ended.get_or_insert_with(Instant::now);
             self.end.get_or_insert_with(|| end_of(status, self.memory.has_grown()));
