@@ -226,9 +226,13 @@ impl Command {
     /// Sends a signal to the process group and, as far as `/proc` tells, to every other descendant.
     pub(crate) fn signal_everybody(&self, signal: Signal) {
         for _ in 0..ROUNDS {
+            // A member below a parent that has left the group does not count as one as long as that parent lives.
+            let group = self.has_members().then_some(self.leader);
             self.signal(signal);
-            let strays: Vec<_> =
-                descendants::of(getpid()).into_iter().filter(|living| living.group != Some(self.leader)).collect();
+            let strays: Vec<_> = descendants::of(getpid())
+                .into_iter()
+                .filter(|living| group.is_none() || living.group != group)
+                .collect();
             for stray in &strays {
                 if let Err(error) = descendants::signal(stray, signal) {
                     debug!(pid = ?stray.pid, "it could not be signalled: {error}");
