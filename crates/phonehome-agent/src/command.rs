@@ -155,7 +155,7 @@ impl Command {
         let Some(status) = news else { return };
         if !status.stopped() {
             self.ended.get_or_insert_with(Instant::now);
-            self.end.get_or_insert_with(|| end_of(status, self.memory.has_grown()));
+            self.end.get_or_insert_with(|| end_of(status, &self.memory));
             self.take_terminal();
         } else if self.has_terminal {
             // Ctrl-Z at the terminal: whoever started this process believes it to be stopped by that, too.
@@ -328,11 +328,11 @@ fn become_user(process: &mut std::process::Command, user: User, output: &Output)
     Ok(())
 }
 
-fn end_of(status: WaitStatus, ran_out_of_memory: bool) -> End {
+fn end_of(status: WaitStatus, memory: &OomKills) -> End {
     match (status.exit_status(), status.terminating_signal()) {
         (Some(code), _) => End::Exited(code as u8), // wait(2): an exit status has eight bits
         (None, Some(signal)) => {
-            let oom = ran_out_of_memory && signal == Signal::KILL.as_raw();
+            let oom = signal == Signal::KILL.as_raw() && memory.has_grown();
             End::Signalled { signal: signal as u8, core: status.as_raw() & CORE != 0, oom }
         }
         (None, None) => unreachable!("only ends get here"),

@@ -26,6 +26,7 @@ use phonehome_proto::{
 };
 use zeroize::Zeroizing;
 
+pub(crate) use self::given::nothing_but_a_command;
 pub use self::{
     address::{Address, Proxy, ProxySettings},
     args::{Args, Level, Limit, OnOffline, Overflow, Start, Switch},

@@ -8,7 +8,7 @@ use std::{ffi::OsString, path::PathBuf};
 use clap::{Arg, ArgMatches, Command, builder::PossibleValuesParser, value_parser};
 
 use crate::{
-    config::{Given, Secret},
+    config::{Given, Secret, nothing_but_a_command},
     log::Format,
 };
 
@@ -17,6 +17,8 @@ use crate::{
 pub enum Invocation {
     /// Run a command, or print how it would be run.
     Run(Box<Given>),
+    /// Run this command; no option says how.
+    RunPlain(Vec<OsString>),
     /// Put a copy of itself there.
     Install(PathBuf),
     /// Print this.
@@ -35,7 +37,10 @@ impl Invocation {
             Some(COMPLETIONS) => completions(line).map(Self::Print),
             Some(INSTALL) => destination(line).map(Self::Install),
             Some(MAN) => parse_own(man_command(), line).map(|_| Self::Print(MANUAL)),
-            _ => Given::read(line, token).map(|given| Self::Run(given.into())),
+            _ => match nothing_but_a_command(line, std::env::vars_os().map(|(name, _)| name)) {
+                Some(command) if token.is_none() => Ok(Self::RunPlain(command.to_vec())),
+                Some(_) | None => Given::read(line, token).map(|given| Self::Run(given.into())),
+            },
         }
     }
 }
@@ -139,7 +144,7 @@ mod tests {
         assert!(matches!(read(&["install", "x"]), Ok(Invocation::Install(dest)) if dest.as_os_str() == "x"));
         assert!(matches!(read(&["man"]), Ok(Invocation::Print(_))));
         for ran in [&["--", "install", "x"][..], &["--merge", "install", "x"], &["installer"], &["x", "install"]] {
-            assert!(matches!(read(ran), Ok(Invocation::Run(_))), "{ran:?}");
+            assert!(matches!(read(ran), Ok(Invocation::Run(_) | Invocation::RunPlain(_))), "{ran:?}");
         }
         for wrong in [&["install"][..], &["install", "a", "b"], &["man", "ls"], &["completions", "csh"]] {
             let error = read(wrong).unwrap_err().to_string();

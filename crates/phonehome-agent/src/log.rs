@@ -24,9 +24,10 @@ use self::{line::Line, ring::Ring};
 use crate::{config, console::Console};
 
 /// Form of the log.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
 pub enum Format {
     /// For people.
+    #[default]
     Text,
     /// One JSON object per line.
     Json,

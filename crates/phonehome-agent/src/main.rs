@@ -8,7 +8,7 @@ use std::{
 
 use phonehome_agent::{
     Blocked,
-    config::{Config, Given, Level, ProxySettings},
+    config::{Args, Config, Given, Level, ProxySettings},
     console::Console,
     failure::{EXIT_FAILURE, Failure},
     install::install,
@@ -24,6 +24,7 @@ fn main() -> ExitCode {
     let console = Console::default();
     let result = match Invocation::read(&line, token) {
         Ok(Invocation::Run(given)) => run(given, &console, signals),
+        Ok(Invocation::RunPlain(command)) => run_plain(command, &console, signals),
         Ok(Invocation::Install(dest)) => {
             log::init(plain_log(&line), console.clone());
             install(&dest).map(|()| 0).map_err(Failure::from)
@@ -55,6 +56,14 @@ fn run(given: Box<Given>, console: &Console, signals: io::Result<Blocked>) -> Re
     }
     log::started(|| given.settings());
     drop(given); // the token is in the configuration, and that is enough
+    phonehome_agent::run(config, console, signals?)
+}
+
+/// Without any option there is less to find out, and nothing that could be wrong or secret.
+fn run_plain(command: Vec<OsString>, console: &Console, signals: io::Result<Blocked>) -> Result<u8, Failure> {
+    let args = Args { command, ..Args::default() };
+    log::init(args.log(), console.clone());
+    let config = Config::try_from_args(args, &ProxySettings::default(), |_| None)?;
     phonehome_agent::run(config, console, signals?)
 }
 

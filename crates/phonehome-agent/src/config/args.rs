@@ -78,7 +78,7 @@ pub struct Args {
     pub client_key: Option<PathBuf>,
 
     /// Copy the command's output to the agent's own as well, so that the node's log still works
-    #[arg(long, env = "PHONEHOME_TEE", value_name = "WHEN", default_value = "on", help_heading = "Output")]
+    #[arg(long, env = "PHONEHOME_TEE", value_name = "WHEN", value_enum, default_value_t, help_heading = "Output")]
     pub tee: Switch,
 
     /// One pipe for both streams: their exact order, but no distinction; all of it is stdout
@@ -90,11 +90,11 @@ pub struct Args {
     pub supervision: SupervisionArgs,
 
     /// How long to stay after the command's end until the server has accepted its log
-    #[arg(long, env = "PHONEHOME_LINGER", value_name = "TIME", default_value = "30s", value_parser = duration, help_heading = "Delivery")]
+    #[arg(long, env = "PHONEHOME_LINGER", value_name = "TIME", default_value = LINGER, value_parser = duration, help_heading = "Delivery")]
     pub linger: Duration,
 
     /// Start the command now and hold its output until the server answers, or wait for the server first
-    #[arg(long, env = "PHONEHOME_START", value_name = "WHEN", default_value = "now", help_heading = "Delivery")]
+    #[arg(long, env = "PHONEHOME_START", value_name = "WHEN", value_enum, default_value_t, help_heading = "Delivery")]
     pub start: Start,
 
     /// Memory for output that the server has not confirmed yet. When it is full the command waits; nothing is lost
@@ -102,7 +102,7 @@ pub struct Args {
         long,
         env = "PHONEHOME_SPOOL_MEMORY",
         value_name = "SIZE",
-        default_value = "8MiB",
+        default_value = SPOOL_MEMORY,
         value_parser = size,
         help_heading = "Delivery"
     )]
@@ -114,16 +114,23 @@ pub struct Args {
     pub spool_dir: Option<PathBuf>,
 
     /// Most bytes in that directory
-    #[arg(long, env = "PHONEHOME_SPOOL_LIMIT", value_name = "SIZE", default_value = "1GiB", value_parser = size, help_heading = "Delivery")]
+    #[arg(long, env = "PHONEHOME_SPOOL_LIMIT", value_name = "SIZE", default_value = SPOOL_LIMIT, value_parser = size, help_heading = "Delivery")]
     pub spool_limit: ByteSize,
 
     /// When all of that is full: block the command, so that nothing is lost, or drop the middle of the output and say how
     /// much
-    #[arg(long, env = "PHONEHOME_OVERFLOW", value_name = "POLICY", default_value = "block", help_heading = "Delivery")]
+    #[arg(
+        long,
+        env = "PHONEHOME_OVERFLOW",
+        value_name = "POLICY",
+        value_enum,
+        default_value_t,
+        help_heading = "Delivery"
+    )]
     pub overflow: Overflow,
 
     /// How long the server may confirm nothing before --on-offline applies; off for no limit
-    #[arg(long, env = "PHONEHOME_OFFLINE_LIMIT", value_name = "TIME", default_value = "10m", value_parser = limit, help_heading = "Delivery")]
+    #[arg(long, env = "PHONEHOME_OFFLINE_LIMIT", value_name = "TIME", default_value = OFFLINE_LIMIT, value_parser = limit, help_heading = "Delivery")]
     pub offline_limit: Limit,
 
     /// After that: continue, no longer waiting for room, or stop the command
@@ -131,7 +138,8 @@ pub struct Args {
         long,
         env = "PHONEHOME_ON_OFFLINE",
         value_name = "WHAT",
-        default_value = "continue",
+        value_enum,
+        default_value_t,
         help_heading = "Delivery"
     )]
     pub on_offline: OnOffline,
@@ -153,16 +161,30 @@ pub struct Args {
     pub siblings: SiblingsArgs,
 
     /// Form of the agent's own log, on standard error
-    #[arg(long, env = "PHONEHOME_LOG_FORMAT", value_name = "FORMAT", default_value = "text", help_heading = "Own log")]
+    #[arg(
+        long,
+        env = "PHONEHOME_LOG_FORMAT",
+        value_name = "FORMAT",
+        value_enum,
+        default_value_t,
+        help_heading = "Own log"
+    )]
     pub log_format: Format,
 
     /// Least severity of it
-    #[arg(long, env = "PHONEHOME_LOG_LEVEL", value_name = "LEVEL", default_value = "warn", help_heading = "Own log")]
+    #[arg(
+        long,
+        env = "PHONEHOME_LOG_LEVEL",
+        value_name = "LEVEL",
+        value_enum,
+        default_value_t,
+        help_heading = "Own log"
+    )]
     pub log_level: Level,
 
     /// What becomes of its finer lines: ring keeps the latest and shows them before an error; live, or live:MODULE,..., shows
     /// them at once; off
-    #[arg(long, env = "PHONEHOME_TRACE", value_name = "HOW", default_value = "ring", value_parser = trace, help_heading = "Own log")]
+    #[arg(long, env = "PHONEHOME_TRACE", value_name = "HOW", default_value = TRACE, value_parser = trace, help_heading = "Own log")]
     pub trace: Trace,
 
     /// TOML file of options: each key is an option's long name, and command is the COMMAND
@@ -176,6 +198,57 @@ pub struct Args {
     /// Command to run, with its arguments; they are passed on untouched
     #[arg(trailing_var_arg = true, value_name = "COMMAND")]
     pub command: Vec<OsString>,
+}
+
+/// What they are when nothing is given. Clap makes the same of an empty line, a hundred times as slowly.
+impl Default for Args {
+    fn default() -> Self {
+        Self {
+            url: None,
+            build: None,
+            step: None,
+            token: None,
+            token_variable: None,
+            token_file: None,
+            ca: None,
+            pin: None,
+            client_cert: None,
+            client_key: None,
+            tee: Switch::default(),
+            merge: false,
+            supervision: SupervisionArgs::default(),
+            linger: parsed(LINGER, duration),
+            start: Start::default(),
+            spool_memory: parsed(SPOOL_MEMORY, size),
+            spool_dir: None,
+            spool_limit: parsed(SPOOL_LIMIT, size),
+            overflow: Overflow::default(),
+            offline_limit: parsed(OFFLINE_LIMIT, limit),
+            on_offline: OnOffline::default(),
+            require_delivery: false,
+            redact: RedactArgs::default(),
+            labels: LabelsArgs::default(),
+            siblings: SiblingsArgs::default(),
+            log_format: Format::default(),
+            log_level: Level::default(),
+            trace: parsed(TRACE, trace),
+            config: None,
+            print_config: false,
+            command: Vec::new(),
+        }
+    }
+}
+
+// What these options are when they are not given.
+const LINGER: &str = "30s";
+const SPOOL_MEMORY: &str = "8MiB";
+const SPOOL_LIMIT: &str = "1GiB";
+const OFFLINE_LIMIT: &str = "10m";
+const TRACE: &str = "ring";
+
+/// An option's default as its value.
+pub(super) fn parsed<T>(default: &str, parse: impl Fn(&str) -> Result<T, Unfit>) -> T {
+    parse(default).expect("a default fits its option")
 }
 
 impl Args {
@@ -220,47 +293,52 @@ pub(super) fn limit(text: &str) -> Result<Limit, Unfit> {
 const MAX_DURATION: Duration = Duration::from_secs(10 * 366 * 24 * 60 * 60);
 
 /// A choice between two.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
 pub enum Switch {
     /// Do it.
+    #[default]
     On,
     /// Leave it.
     Off,
 }
 
 /// When to start the command.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
 pub enum Start {
     /// At once.
+    #[default]
     Now,
     /// When the server has welcomed this agent.
     Connected,
 }
 
 /// What becomes of output for which there is no room.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
 pub enum Overflow {
     /// It stays in the pipe, and the command waits.
+    #[default]
     Block,
     /// The middle is left out and counted; the beginning and the newest output stay.
     Drop,
 }
 
 /// What to do when the server has been out of reach for too long.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
 pub enum OnOffline {
     /// Let the command go on, dropping output if need be.
+    #[default]
     Continue,
     /// End the command.
     Stop,
 }
 
 /// Least severity of a line in the agent's own log.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
 pub enum Level {
     /// The agent failed.
     Error,
     /// A person should look.
+    #[default]
     Warn,
     /// One line for each thing that happens.
     Info,

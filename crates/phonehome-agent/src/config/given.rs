@@ -22,6 +22,29 @@ pub struct Given {
     token: Option<Secret>,
 }
 
+/// The command, if it is all that was given: then there is nothing to read. `variables` are the names of all that are set.
+///
+/// Most lines are like this, and to put together what is known of sixty options would cost more than all the rest of a
+/// short supervision.
+pub(crate) fn nothing_but_a_command(
+    line: &[OsString],
+    variables: impl Iterator<Item = OsString>,
+) -> Option<&[OsString]> {
+    let (first, rest) = line.get(1..)?.split_first()?;
+    let command = if first == "--" { rest } else { &line[1..] };
+    let is_command = first == "--" || !first.is_empty() && !first.as_encoded_bytes().starts_with(b"-");
+    let is_alone = is_command && !command.is_empty() && !{ variables }.any(|name| is_ours(&name));
+    is_alone.then_some(command)
+}
+
+/// Whether a variable may be one that an option is read from.
+fn is_ours(variable: &OsStr) -> bool {
+    OURS.iter().any(|prefix| variable.as_encoded_bytes().starts_with(prefix.as_bytes()))
+}
+
+/// What the names of our variables begin with, and those of their aliases.
+const OURS: [&str; 2] = ["PHONEHOME_", "KUBEXIT_"];
+
 impl Given {
     /// Reads all of them. A variable that is empty is one that is not set: manifests often have no other way to say so.
     /// Some have an alias, which is read when they are not set.
@@ -152,4 +175,46 @@ pub(super) fn place(arg: &clap::Arg, matches: &ArgMatches, file: Option<&ConfigF
     } else {
         file.filter(|file| file.has(name)).map_or("default".to_owned(), |file| file.path().display().to_string())
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+    use crate::config::{Config, ProxySettings};
+
+    fn line(words: &[&str]) -> Vec<OsString> {
+        std::iter::once(&"agent").chain(words).map(OsString::from).collect()
+    }
+
+    #[test]
+    fn a_line_that_need_not_be_read_says_what_reading_it_would_say() {
+        let checked = |args: Args| {
+            let log = args.log();
+            let others = (args.print_config, args.config.clone());
+            let config = Config::try_from_args(args, &ProxySettings::default(), |_| None).unwrap();
+            format!("{log:?} {others:?} {config:#?}")
+        };
+        for words in [&["--", "x"][..], &["x", "--merge"], &["x", "--", "y"], &["--", "--", "x"], &["--", "-x"]] {
+            let line = line(words);
+            let command = nothing_but_a_command(&line, std::iter::empty()).unwrap().to_vec();
+            let plain = Args { command, ..Args::default() };
+            assert_eq!(checked(plain), checked(Args::try_parse_from(&line).unwrap()), "{words:?}");
+        }
+    }
+
+    #[test]
+    fn everything_else_is_read() {
+        for words in [&[][..], &["--"], &["--merge", "x"], &["-h"], &["-", "x"], &["", "x"]] {
+            assert_eq!(nothing_but_a_command(&line(words), std::iter::empty()), None, "{words:?}");
+        }
+        for variable in Args::command().get_arguments().filter_map(|arg| arg.get_env()) {
+            for name in [Some(variable), siblings::alias(variable).map(OsStr::new)].into_iter().flatten() {
+                let others = ["PATH", "HOME"].map(OsString::from).into_iter();
+                let all = others.chain([name.to_owned()]);
+                assert_eq!(nothing_but_a_command(&line(&["--", "x"]), all), None, "{}", name.display());
+            }
+        }
+    }
 }

@@ -6,7 +6,7 @@ use clap::Args;
 use phonehome_proto::limits::MAX_LABEL;
 
 /// The options as typed.
-#[derive(Debug, Clone, Args)]
+#[derive(Debug, Default, Clone, Args)]
 pub struct LabelsArgs {
     /// A label of this build, shown and searched at the server. May be repeated
     #[arg(long = "label", value_name = "KEY=VALUE", value_parser = label, help_heading = "Labels")]

@@ -17,7 +17,7 @@ use super::Secret;
 use crate::redact::{MAX_VALUE, MAX_VALUES, MIN_VALUE, Redactor, TooLarge};
 
 /// Secrets that may not leave.
-#[derive(Args)]
+#[derive(Default, Args)]
 pub struct RedactArgs {
     /// Variables whose values are secret: wherever output shows one, also encoded, a marker takes its place
     #[arg(

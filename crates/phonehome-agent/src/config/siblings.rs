@@ -8,7 +8,7 @@ use phonehome_proto::{id::NameError, signal};
 
 use super::{
     ConfigError,
-    args::{Limit, Unfit, limit},
+    args::{Limit, Unfit, limit, parsed},
 };
 pub use crate::{
     probe::{Probe, ProbeError, ReadyWhen, output::Pattern},
@@ -66,7 +66,7 @@ pub struct SiblingsArgs {
     pub wait_for: Vec<List<WaitFor>>,
 
     /// How long to wait for all of them; off for no limit
-    #[arg(long, env = "PHONEHOME_BIRTH_TIMEOUT", value_name = "TIME", default_value = "30s", value_parser = limit, help_heading = "Siblings")]
+    #[arg(long, env = "PHONEHOME_BIRTH_TIMEOUT", value_name = "TIME", default_value = BIRTH_TIMEOUT, value_parser = limit, help_heading = "Siblings")]
     pub birth_timeout: Limit,
 
     /// Tell siblings that the command is ready when this passes: a probe as for --wait-for, output:REGEX (a line of its
@@ -74,6 +74,27 @@ pub struct SiblingsArgs {
     #[arg(long, env = "PHONEHOME_READY_WHEN", value_name = "PROBE", help_heading = "Siblings")]
     pub ready_when: Option<ReadyWhen>,
 }
+
+/// What they are when nothing is given.
+impl Default for SiblingsArgs {
+    fn default() -> Self {
+        Self {
+            name: None,
+            graveyard: None,
+            generation: None,
+            death_deps: Vec::new(),
+            death_signal: None,
+            expected_exit: None,
+            birth_deps: Vec::new(),
+            wait_for: Vec::new(),
+            birth_timeout: parsed(BIRTH_TIMEOUT, limit),
+            ready_when: None,
+        }
+    }
+}
+
+/// What this option is when it is not given.
+const BIRTH_TIMEOUT: &str = "30s";
 
 /// The variables of kubexit that are understood, each after the one whose place it takes when that one is not set.
 const ALIASES: [(&str, &str); 6] = [

@@ -12,7 +12,7 @@ use tracing::warn;
 
 use super::{
     ConfigError,
-    args::{Unfit, duration},
+    args::{Unfit, duration, parsed},
 };
 
 /// Options about the command's processes.
@@ -28,11 +28,11 @@ pub struct SupervisionArgs {
     pub pty_size: Option<Window>,
 
     /// Between TERM and KILL for the command's process group
-    #[arg(long, env = "PHONEHOME_GRACE_PERIOD", value_name = "TIME", default_value = "30s", value_parser = duration)]
+    #[arg(long, env = "PHONEHOME_GRACE_PERIOD", value_name = "TIME", default_value = GRACE_PERIOD, value_parser = duration)]
     pub grace_period: Duration,
 
     /// What to do about processes that outlive the command
-    #[arg(long, env = "PHONEHOME_LEFTOVERS", value_name = "POLICY", default_value = "terminate")]
+    #[arg(long, env = "PHONEHOME_LEFTOVERS", value_name = "POLICY", value_enum, default_value_t)]
     pub leftovers: Leftovers,
 
     /// Pass another signal on than the one that came; 0 passes nothing on. Numbers or names: 15:3,HUP:QUIT
@@ -52,11 +52,11 @@ pub struct SupervisionArgs {
     pub no_new_privileges: bool,
 
     /// Stay this much longer after the end, so that a person can look inside; TERM ends it
-    #[arg(long, env = "PHONEHOME_HOLD", value_name = "TIME", default_value = "0s", value_parser = duration)]
+    #[arg(long, env = "PHONEHOME_HOLD", value_name = "TIME", default_value = HOLD, value_parser = duration)]
     pub hold: Duration,
 
     /// The same after a failure only; the longer of the two counts
-    #[arg(long, env = "PHONEHOME_HOLD_ON_FAILURE", value_name = "TIME", default_value = "0s", value_parser = duration)]
+    #[arg(long, env = "PHONEHOME_HOLD_ON_FAILURE", value_name = "TIME", default_value = HOLD, value_parser = duration)]
     pub hold_on_failure: Duration,
 
     /// The pod's termination grace: after TERM everything is done within this time. A number is seconds, as in a manifest
@@ -64,16 +64,42 @@ pub struct SupervisionArgs {
     pub termination_grace: Option<Duration>,
 
     /// File that gets a short reason when the command fails, if it exists
-    #[arg(long, env = "PHONEHOME_TERMINATION_LOG", value_name = "PATH", default_value = "/dev/termination-log")]
+    #[arg(long, env = "PHONEHOME_TERMINATION_LOG", value_name = "PATH", default_value = TERMINATION_LOG)]
     pub termination_log: PathBuf,
 }
 
+/// What they are when nothing is given.
+impl Default for SupervisionArgs {
+    fn default() -> Self {
+        Self {
+            pty: false,
+            pty_size: None,
+            grace_period: parsed(GRACE_PERIOD, duration),
+            leftovers: Leftovers::default(),
+            rewrite_signal: Vec::new(),
+            parent_death_signal: None,
+            user: None,
+            no_new_privileges: false,
+            hold: parsed(HOLD, duration),
+            hold_on_failure: parsed(HOLD, duration),
+            termination_grace: None,
+            termination_log: TERMINATION_LOG.into(),
+        }
+    }
+}
+
+// What these options are when they are not given.
+const GRACE_PERIOD: &str = "30s";
+const HOLD: &str = "0s";
+const TERMINATION_LOG: &str = "/dev/termination-log";
+
 /// What becomes of processes that outlive the command.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
 pub enum Leftovers {
     /// The log ends when they have ended.
     Wait,
     /// They get 5 s to end by themselves if they hold the output open, then TERM, and KILL after the grace period.
+    #[default]
     Terminate,
     /// Nothing is done to them; output that they hold open is read for 5 s more.
     Leave,
@@ -335,13 +361,6 @@ mod tests {
     }
 
     fn supervision() -> Supervision {
-        use clap::Parser;
-
-        #[derive(Parser)]
-        struct Only {
-            #[command(flatten)]
-            args: SupervisionArgs,
-        }
-        Supervision::try_from_args(&Only::parse_from(["agent"]).args, false).unwrap()
+        Supervision::try_from_args(&SupervisionArgs::default(), false).unwrap()
     }
 }
