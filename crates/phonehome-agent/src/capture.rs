@@ -105,6 +105,7 @@ impl Capture {
         let mut buffer = BytesMut::new();
         while self.sources.iter().any(Option::is_some) {
             let Some(stream) = self.readable().await else { break };
+            self.recorder.keep_pace().await;
             self.room().await;
             let Some(full) = self.read(stream, &mut buffer).await else { continue };
             let now = Instant::now();

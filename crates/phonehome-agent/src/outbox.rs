@@ -13,12 +13,12 @@ use std::{
 use phonehome_proto::{
     codec::binary::Sealed,
     frame::Finished,
-    limits::{MAX_PAYLOAD, MIN_WINDOW},
+    limits::{MAX_PAYLOAD, MIN_WINDOW, WINDOW},
     sender::Sender,
 };
 use tokio::{
     sync::{Notify, watch},
-    time::{Instant, sleep_until},
+    time::{Instant, sleep_until, timeout},
 };
 
 /// The sender, shared between the task that fills it and those that empty it.
@@ -37,6 +37,14 @@ pub(crate) struct Outbox {
     /// Whether a spool makes room.
     relief: watch::Sender<bool>,
 }
+
+/// What a server that keeps up needs to be sent without a pause, bytes: what is on its way, and as much again as is gathered
+/// meanwhile. It keeps the agent small in memory beside a command that writes as fast as it can.
+const READ_AHEAD: u64 = WINDOW + WINDOW / 2;
+
+/// How long the next read waits for a confirmation at most. They come every few milliseconds while output flows; without
+/// any, 6 MB/s are still read.
+const PACE: Duration = Duration::from_millis(10);
 
 #[derive(Debug, Default)]
 struct State {
@@ -87,6 +95,22 @@ impl Outbox {
     pub(crate) fn has_room(&self) -> bool {
         let state = self.lock();
         state.abandoned || state.sender.cost() + MAX_PAYLOAD as u64 <= self.limit
+    }
+
+    /// Gives a server that answers a moment to confirm what it has, before more is held than it needs at once: the rest may
+    /// as well wait in the pipe. A slow one holds nobody up, that is what the memory is for.
+    pub(crate) async fn keep_pace(&self) {
+        let confirmed = async {
+            while self.is_ahead() {
+                self.freed.notified().await;
+            }
+        };
+        drop(timeout(PACE, confirmed).await); // it is slow
+    }
+
+    fn is_ahead(&self) -> bool {
+        let State { sender, .. } = &*self.lock();
+        sender.is_welcomed() && sender.cost() > READ_AHEAD
     }
 
     /// Holds a record for the uplink.
@@ -296,9 +320,7 @@ mod tests {
     use phonehome_proto::{
         codec::binary::{HEADROOM, seal},
         frame::{Ack, Durable, ServerFrame, Stream, Welcome},
-        limits::WINDOW,
     };
-    use tokio::time::timeout;
 
     use super::*;
 
@@ -333,6 +355,27 @@ mod tests {
         outbox.with(Sender::handle_disconnected);
         welcome(&outbox);
         assert!(!outbox.is_offline(limit), "the server is back");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_server_that_answers_is_given_a_moment_to_confirm() {
+        let outbox = Outbox::new(8 << 20);
+        let full = |seq| seal(BytesMut::zeroed(HEADROOM + MAX_PAYLOAD), seq, 0, Stream::Stdout, seq);
+        let records = READ_AHEAD / MAX_PAYLOAD as u64 + 1;
+        (0..records).for_each(|seq| outbox.push(full(seq)));
+        let paced = async |outbox: &Outbox| {
+            let start = Instant::now();
+            outbox.keep_pace().await;
+            start.elapsed()
+        };
+        assert_eq!(paced(&outbox).await, Duration::ZERO, "nobody answers: the memory is for that");
+        welcome(&outbox);
+        assert!(paced(&outbox).await >= PACE, "it is slow");
+        outbox.with(|sender| while sender.poll_transmit().is_some() {});
+        let ack = ServerFrame::Ack(Ack { next: 2, window: WINDOW });
+        let confirmed = async { outbox.with(|sender| sender.handle_frame(ack)).map(drop) };
+        let (waited, confirmed) = tokio::join!(paced(&outbox), confirmed);
+        assert!(confirmed.is_ok() && waited < PACE, "{waited:?}");
     }
 
     fn welcome(outbox: &Outbox) {

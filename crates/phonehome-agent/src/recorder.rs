@@ -108,6 +108,11 @@ impl Recorder {
         self.herald.clone()
     }
 
+    /// Leaves output where it is for a moment when the server has enough to confirm. Cancel safe.
+    pub(crate) async fn keep_pace(&self) {
+        self.outbox.keep_pace().await;
+    }
+
     /// Waits until a block can be taken, if need be at the cost of an older one. Cancel safe.
     pub async fn ready(&mut self) {
         while !self.outbox.has_room() && self.may_drop().is_none() {
