@@ -46,6 +46,9 @@ const READ_AHEAD: u64 = WINDOW + WINDOW / 2;
 /// any, 6 MB/s are still read.
 const PACE: Duration = Duration::from_millis(10);
 
+/// How long nothing may get better until there is no point in that: a first connection takes less.
+const STUCK: Duration = Duration::from_secs(1);
+
 #[derive(Debug, Default)]
 struct State {
     sender: Sender,
@@ -97,8 +100,8 @@ impl Outbox {
         state.abandoned || state.sender.cost() + MAX_PAYLOAD as u64 <= self.limit
     }
 
-    /// Gives a server that answers a moment to confirm what it has, before more is held than it needs at once: the rest may
-    /// as well wait in the pipe. A slow one holds nobody up, that is what the memory is for.
+    /// Gives the server a moment to confirm what it has, before more is held than it needs at once: the rest may as well
+    /// wait in the pipe. One that is slow or away holds nobody up, that is what the memory is for.
     pub(crate) async fn keep_pace(&self) {
         let confirmed = async {
             while self.is_ahead() {
@@ -109,8 +112,7 @@ impl Outbox {
     }
 
     fn is_ahead(&self) -> bool {
-        let State { sender, .. } = &*self.lock();
-        sender.is_welcomed() && sender.cost() > READ_AHEAD
+        self.look(Sender::cost) > READ_AHEAD && !self.is_offline(STUCK)
     }
 
     /// Holds a record for the uplink.
@@ -368,6 +370,8 @@ mod tests {
             outbox.keep_pace().await;
             start.elapsed()
         };
+        assert!(paced(&outbox).await >= PACE, "the first connection is on its way");
+        tokio::time::advance(STUCK).await;
         assert_eq!(paced(&outbox).await, Duration::ZERO, "nobody answers: the memory is for that");
         welcome(&outbox);
         assert!(paced(&outbox).await >= PACE, "it is slow");
