@@ -39,11 +39,11 @@ pub(crate) struct Outbox {
 }
 
 /// What a server that keeps up needs to be sent without a pause, bytes: what is on its way, and as much again as is gathered
-/// meanwhile. It keeps the agent small in memory beside a command that writes as fast as it can.
+/// meanwhile. It keeps the agent small in memory beside a command that writes as fast as it can. Where confirmations take
+/// longer, because the server is far away, it doubles until they come in time.
 const READ_AHEAD: u64 = WINDOW + WINDOW / 2;
 
-/// How long the next read waits for a confirmation at most. They come every few milliseconds while output flows; without
-/// any, 6 MB/s are still read.
+/// How long the next read waits for a confirmation at most. They come every few milliseconds while output flows.
 const PACE: Duration = Duration::from_millis(10);
 
 /// How long nothing may get better until there is no point in that: a first connection takes less.
@@ -57,6 +57,8 @@ struct State {
     abandoned: bool,
     /// What the last hello said does not hold any more.
     is_stale: bool,
+    /// What may be held before a confirmation is waited for, bytes; at least [`READ_AHEAD`].
+    read_ahead: u64,
 }
 
 impl Outbox {
@@ -108,11 +110,21 @@ impl Outbox {
                 self.freed.notified().await;
             }
         };
-        drop(timeout(PACE, confirmed).await); // it is slow
+        if timeout(PACE, confirmed).await.is_err() {
+            let mut state = self.lock();
+            state.read_ahead = state.read_ahead.max(READ_AHEAD).saturating_mul(2).min(self.limit);
+        }
     }
 
     fn is_ahead(&self) -> bool {
-        self.look(Sender::cost) > READ_AHEAD && !self.is_offline(STUCK)
+        let mut state = self.lock();
+        let held = state.sender.cost();
+        if held <= READ_AHEAD {
+            state.read_ahead = 0; // they come in time again
+        }
+        let is_ahead = held > state.read_ahead.max(READ_AHEAD);
+        drop(state); // the next line takes it, too
+        is_ahead && !self.is_offline(STUCK)
     }
 
     /// Holds a record for the uplink.
@@ -365,16 +377,20 @@ mod tests {
         let full = |seq| seal(BytesMut::zeroed(HEADROOM + MAX_PAYLOAD), seq, 0, Stream::Stdout, seq);
         let records = READ_AHEAD / MAX_PAYLOAD as u64 + 1;
         (0..records).for_each(|seq| outbox.push(full(seq)));
+        let forget = || outbox.lock().read_ahead = 0;
         let paced = async |outbox: &Outbox| {
             let start = Instant::now();
             outbox.keep_pace().await;
             start.elapsed()
         };
         assert!(paced(&outbox).await >= PACE, "the first connection is on its way");
+        forget();
         tokio::time::advance(STUCK).await;
         assert_eq!(paced(&outbox).await, Duration::ZERO, "nobody answers: the memory is for that");
         welcome(&outbox);
         assert!(paced(&outbox).await >= PACE, "it is slow");
+        assert_eq!(paced(&outbox).await, Duration::ZERO, "and gets twice as much");
+        forget();
         outbox.with(|sender| while sender.poll_transmit().is_some() {});
         let ack = ServerFrame::Ack(Ack { next: 2, window: WINDOW });
         let confirmed = async { outbox.with(|sender| sender.handle_frame(ack)).map(drop) };
