@@ -212,8 +212,8 @@ impl Command {
         } else if let Err(error) = unix::kill_group(self.leader, sent) {
             debug!(sent, "the command could not be signalled: {error}");
         }
-        if is_stop {
-            stop_myself();
+        if is_stop && !self.has_terminal {
+            stop_myself(); // with the terminal lent, that waits until the command has stopped
         }
     }
 

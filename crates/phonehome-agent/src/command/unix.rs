@@ -42,12 +42,8 @@ pub(super) fn block_signals() -> io::Result<OwnedFd> {
             return Err(io::Error::last_os_error());
         }
         let flags = libc::SFD_CLOEXEC | libc::SFD_NONBLOCK;
-        let descriptor = libc::syscall(libc::SYS_signalfd4, -1, &raw const all, KERNEL_SIGSET, flags);
-        RawFd::try_from(descriptor)
-            .ok()
-            .filter(|descriptor| *descriptor >= 0)
-            .map(|descriptor| OwnedFd::from_raw_fd(descriptor))
-            .ok_or_else(io::Error::last_os_error)
+        let descriptor = libc::syscall(libc::SYS_signalfd4, -1, &raw const all, KERNEL_SIGSET, flags) as RawFd;
+        if descriptor < 0 { Err(io::Error::last_os_error()) } else { Ok(OwnedFd::from_raw_fd(descriptor)) }
     }
 }
 

@@ -28,7 +28,8 @@
 //! | no zombies with PID 1 | [`orphans_are_reaped_by_whoever_is_their_init`] |
 //! | a terminal can be written to and read to its end | [`a_terminal_is_read_to_its_end`] |
 //! | a shell has job control | [`a_shell_on_the_agents_terminal_has_job_control`] |
-//! | HUP and CONT of a terminal that changes hands are nobody's | [`a_terminal_changes_hands_without_a_signal`] |
+//! | HUP of a terminal that changes hands is nobody's | [`a_terminal_changes_hands_without_a_hangup`] |
+//! | CONT likewise | the command gets one with the terminal, as from a shell's fg |
 
 use std::{
     os::unix::process::CommandExt,
@@ -231,10 +232,10 @@ fn a_shell_on_the_agents_terminal_has_job_control() {
 }
 
 #[test]
-fn a_terminal_changes_hands_without_a_signal() {
+fn a_terminal_changes_hands_without_a_hangup() {
     let Some(python) = python() else { return };
-    let script = "trap 'echo HUP' HUP; trap 'echo CONT' CONT; read x; echo $x; sleep 0.3; exit 4";
-    // The shell may still be starting at the agent's own CONT; one that it sees is no harm, a HUP would be.
+    // A CONT it may get, as from a shell's fg: reading before the terminal was its own would have stopped it.
+    let script = "trap 'echo HUP' HUP; read x; echo $x; sleep 0.3; exit 4";
     let output = on_a_terminal(python, r"something\n", &["sh", "-c", script]);
     let text = stdout(&output);
     assert_eq!(output.status.code(), Some(4), "{text}");
@@ -242,7 +243,7 @@ fn a_terminal_changes_hands_without_a_signal() {
 }
 
 #[test]
-fn ctrl_z_stops_the_agent_once_and_fg_continues_it() {
+fn a_stop_at_the_terminal_stops_the_agent_once_and_fg_continues_it() {
     let Some(python) = python() else { return };
     let shell = r"
 import os, pty, signal, sys
@@ -271,8 +272,9 @@ def await_text(text):
     while text not in seen: seen += os.read(terminal, 1024)
     seen = seen.partition(text)[2]
 await_text(b'ready')
-for word in (b'one', b'two'):
-    os.write(terminal, b'\x1a')
+agent = int(open(f'/proc/{pid}/task/{pid}/children').read())
+for word, stop in [(b'one', lambda: os.write(terminal, b'\x1a')), (b'two', lambda: os.kill(agent, signal.SIGTSTP))]:
+    stop()
     await_text(b'continued')
     os.write(terminal, word + b'\n')
     await_text(b'got ' + word)
