@@ -16,7 +16,7 @@ use std::{error::Error, path::PathBuf, process::ExitCode, time::Duration};
 
 use self::{
     home::Home,
-    processes::{Used, is_installed, run, static_agent, used},
+    processes::{Used, installed, run, static_agent, used},
 };
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
@@ -86,7 +86,7 @@ fn compare(agent: &PathBuf, home: &Home) -> Result<bool> {
     ));
     let base = ways.iter().find(|way| way.name == BASE).map(Way::median);
     let are_within = ways.iter().map(|way| way.report(base)).collect::<Vec<_>>();
-    for (name, _) in OTHERS.iter().filter(|(name, _)| !is_installed(name)) {
+    for (name, _) in OTHERS.iter().filter(|(name, _)| installed(name).is_none()) {
         say(&format!("{name:<22} not installed"));
     }
     Ok(are_within.iter().all(|is_within| *is_within))
@@ -98,8 +98,8 @@ fn ways<'a>(agent: &PathBuf, home: &'a Home) -> Vec<Way<'a>> {
         Way { name, command, home, limit, rounds: Vec::new() }
     };
     let mut ways = vec![way("nothing", &[], None, None)];
-    let others = OTHERS.into_iter().filter(|(name, _)| is_installed(name));
-    ways.extend(others.map(|(name, end)| way(name, &[&name.into(), &end.into()], None, None)));
+    let others = OTHERS.into_iter().filter_map(|(name, end)| Some((name, installed(name)?, end)));
+    ways.extend(others.map(|(name, program, end)| way(name, &[&program, &end.into()], None, None)));
     let end = "--".into();
     ways.push(way("agent, no server", &[agent, &end], None, Some(MOST_ALONE)));
     ways.push(way("agent, over TLS", &[agent, &end], Some(home), Some(MOST_OVER_TLS)));

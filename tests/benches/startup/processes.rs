@@ -63,9 +63,10 @@ pub(super) fn quiet(words: &[PathBuf], variables: &[(&str, String)]) -> Command 
     command
 }
 
-pub(super) fn is_installed(program: &str) -> bool {
-    let path = env::var_os("PATH").unwrap_or_default();
-    env::split_paths(&path).any(|directory| directory.join(program).is_file())
+/// Where a program is. By its name alone it would be started in another way, which costs more.
+pub(super) fn installed(program: &str) -> Option<PathBuf> {
+    let path = env::var_os("PATH")?;
+    env::split_paths(&path).map(|directory| directory.join(program)).find(|place| place.is_file())
 }
 
 /// Builds the agent as it is shipped, into the directory that this program was built into: `TARGET/PROFILE/deps/NAME`.
