@@ -34,6 +34,7 @@ pub(crate) use self::{
     reaper::Reaper,
     signals::{Caught, Signals},
     source::{Held, Output, PIPE_SIZE, Source, Sources},
+    unix::readable,
 };
 use crate::{
     cause::shortened,

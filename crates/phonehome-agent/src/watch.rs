@@ -7,6 +7,9 @@ use rustix::{
     io::Errno,
 };
 use tokio::io::unix::AsyncFd;
+use tracing::debug;
+
+use crate::command::readable;
 
 /// Watches the names in one directory, and what is written to the files behind them.
 ///
@@ -15,11 +18,14 @@ use tokio::io::unix::AsyncFd;
 #[derive(Debug)]
 pub(crate) struct Watch {
     inotify: AsyncFd<OwnedFd>,
+    /// The directory, as inotify numbers it.
+    dir: i32,
 }
 
-/// What makes a name mean something else than before: files written in place, and files or links put in place by a
-/// rename, as Kubernetes does with the `..data` of its volumes.
+/// What makes a name mean something else than before: files written in place, also by somebody who keeps them open, and
+/// files or links put in place by a rename, as Kubernetes does with the `..data` of its volumes.
 const CHANGES: WatchFlags = WatchFlags::CLOSE_WRITE
+    .union(WatchFlags::MODIFY)
     .union(WatchFlags::CREATE)
     .union(WatchFlags::DELETE)
     .union(WatchFlags::DELETE_SELF)
@@ -42,13 +48,23 @@ impl Watch {
     /// When it is not, or the user has no watches left (`fs.inotify.max_user_instances`).
     pub(crate) fn new(dir: &Path) -> io::Result<Self> {
         let inotify = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?;
-        inotify::add_watch(&inotify, dir, CHANGES)?;
-        #[expect(
-            deprecated,
-            reason = "what it trusts its caller with holds for an OwnedFd, and its successor is unsafe"
-        )]
-        let inotify = AsyncFd::new(inotify)?;
-        Ok(Self { inotify })
+        let dir = inotify::add_watch(&inotify, dir, CHANGES)?;
+        Ok(Self { inotify: readable(inotify)?, dir })
+    }
+
+    /// Goes over to the directory that has this path now, should it be another one than before.
+    ///
+    /// # Errors
+    ///
+    /// When there is none. The one from before stays watched then.
+    pub(crate) fn follow(&mut self, dir: &Path) -> io::Result<()> {
+        let before = std::mem::replace(&mut self.dir, inotify::add_watch(&self.inotify, dir, CHANGES)?);
+        if before != self.dir
+            && let Err(errno) = inotify::remove_watch(&self.inotify, before)
+        {
+            debug!("the directory that was there before has taken its watch with it: {errno}");
+        }
+        Ok(())
     }
 
     /// Waits for a change since the last call. Any number of them may be one. Cancel safe.
@@ -59,7 +75,7 @@ impl Watch {
     pub(crate) async fn changed(&mut self) -> io::Result<()> {
         loop {
             let mut ready = self.inotify.readable().await?;
-            match ready.try_io(|inotify| drain(inotify.get_ref())) {
+            match ready.try_io(|inotify| drain(inotify.get_ref(), self.dir)) {
                 Ok(drained) => return drained,
                 Err(_nothing_there) => {}
             }
@@ -67,14 +83,15 @@ impl Watch {
     }
 }
 
-/// Takes all events there are, at least one.
-fn drain(inotify: &OwnedFd) -> io::Result<()> {
+/// Takes all events there are, at least one. An error when they say that `dir` has gone.
+fn drain(inotify: &OwnedFd, dir: i32) -> io::Result<()> {
     let mut buffer = [MaybeUninit::uninit(); BUFFER];
     let mut events = Reader::new(inotify, &mut buffer);
-    let mut is_gone = events.next()?.events().intersects(GONE);
+    let is_end = |event: inotify::Event<'_>| event.wd() == dir && event.events().intersects(GONE);
+    let mut is_gone = is_end(events.next()?);
     loop {
         match events.next() {
-            Ok(event) => is_gone |= event.events().intersects(GONE),
+            Ok(event) => is_gone |= is_end(event),
             Err(Errno::WOULDBLOCK) => break,
             Err(failed) => return Err(failed.into()),
         }
@@ -138,6 +155,27 @@ mod tests {
             noticed(&mut watch).await.unwrap_err();
         }
         Watch::new(&inner).unwrap_err();
+    }
+
+    #[tokio::test]
+    async fn it_follows_a_path_to_another_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, old) = (dir.path().join("here"), dir.path().join("old"));
+        fs::create_dir_all(path.join("inner")).unwrap();
+        let inner = path.join("inner");
+        let mut watch = Watch::new(&inner).unwrap();
+        watch.follow(&inner).unwrap();
+        assert_quiet(&mut watch).await;
+        fs::rename(&path, &old).unwrap(); // nothing happens to the directory itself
+        assert_quiet(&mut watch).await;
+        watch.follow(&inner).unwrap_err();
+        fs::create_dir_all(&inner).unwrap();
+        watch.follow(&inner).unwrap();
+        noticed(&mut watch).await.expect("the end of the old one is no end");
+        fs::write(old.join("inner/file"), "").unwrap();
+        assert_quiet(&mut watch).await;
+        fs::write(inner.join("file"), "").unwrap();
+        noticed(&mut watch).await.unwrap();
     }
 
     /// An event is in the queue before the call that made it returns.

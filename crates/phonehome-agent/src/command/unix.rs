@@ -62,7 +62,7 @@ fn check(error: c_int) -> io::Result<()> {
 }
 
 /// Registers a descriptor with the runtime, for reading.
-pub(super) fn readable(descriptor: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+pub(crate) fn readable(descriptor: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: an OwnedFd is the same open descriptor from here until it is dropped, and the AsyncFd owns it.
     Ok(unsafe { AsyncFd::register_with_interest(descriptor, Interest::READABLE) }?)
 }

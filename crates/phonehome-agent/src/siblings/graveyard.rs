@@ -5,15 +5,13 @@
 use std::{
     fmt::Write as _,
     io::{self, Read as _, Write as _},
-    os::fd::AsFd,
     path::{Path, PathBuf},
 };
 
 use rustix::{
-    fs::{Mode, OFlags, fchmod, inotify},
+    fs::{Mode, OFlags, fchmod},
     io::Errno,
 };
-use tracing::debug;
 
 use super::tombstone::Tombstone;
 use crate::config::SiblingName;
@@ -40,15 +38,6 @@ const MAX_NAMES: usize = 16;
 
 /// Entries of a directory that are looked at for them.
 const MAX_ENTRIES: usize = 1024;
-
-/// Changes to a directory after which its tombstones may be others.
-const CHANGES: inotify::WatchFlags = inotify::WatchFlags::CLOSE_WRITE
-    .union(inotify::WatchFlags::MODIFY)
-    .union(inotify::WatchFlags::MOVED_TO)
-    .union(inotify::WatchFlags::MOVED_FROM)
-    .union(inotify::WatchFlags::DELETE)
-    .union(inotify::WatchFlags::DELETE_SELF)
-    .union(inotify::WatchFlags::MOVE_SELF);
 
 impl Graveyard {
     pub(crate) fn new(path: PathBuf) -> Self {
@@ -100,19 +89,6 @@ impl Graveyard {
         names.sort_unstable();
         names.truncate(MAX_NAMES);
         names
-    }
-
-    /// Sees to it that `inotify` tells of changes in the directory that has this path now, and not in the one that was
-    /// `watched` before.
-    pub(crate) fn watch(&self, inotify: impl AsFd, watched: Option<i32>) -> io::Result<i32> {
-        let added = inotify::add_watch(&inotify, &self.path, CHANGES | inotify::WatchFlags::ONLYDIR);
-        if let Some(before) = watched
-            && added.as_ref().ok() != Some(&before)
-            && let Err(errno) = inotify::remove_watch(inotify, before)
-        {
-            debug!("the directory that was the graveyard has taken its watch with it: {errno}");
-        }
-        Ok(added?)
     }
 }
 
@@ -239,28 +215,6 @@ mod tests {
             let Some(Found::Garbage(why)) = graveyard.find(&name.parse().unwrap()) else { panic!("{name} was read") };
             assert!(why.contains(expected), "{why}");
         }
-    }
-
-    #[test]
-    fn the_watch_is_on_the_directory_that_has_the_path_now() {
-        let dir = tempfile::tempdir().unwrap();
-        let (path, old) = (dir.path().join("graveyard"), dir.path().join("old"));
-        let graveyard = Graveyard::new(path.clone());
-        let inotify = inotify::init(inotify::CreateFlags::NONBLOCK).unwrap();
-        graveyard.watch(&inotify, None).unwrap_err();
-        graveyard.make().unwrap();
-        let first = graveyard.watch(&inotify, None).unwrap();
-        assert_eq!(graveyard.watch(&inotify, Some(first)).unwrap(), first);
-        std::fs::rename(&path, &old).unwrap();
-        graveyard.make().unwrap();
-        assert_ne!(graveyard.watch(&inotify, Some(first)).unwrap(), first);
-        let mut events = [0; 4096];
-        let mut changes = || rustix::io::read(&inotify, &mut events);
-        assert!(changes().unwrap() > 0, "it was moved");
-        std::fs::write(old.join("main"), "").unwrap();
-        assert_eq!(changes(), Err(Errno::AGAIN));
-        std::fs::write(path.join("main"), "").unwrap();
-        assert!(changes().unwrap() > 0);
     }
 
     #[test]

@@ -4,12 +4,10 @@
 //! with a change, or after a while without one: a watch can miss what another machine writes to a shared file system,
 //! and the directory itself may be replaced.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, time::Duration};
 
 use phonehome_env::Env;
-use rustix::fs::inotify;
 use tokio::{
-    net::unix::pipe::Receiver,
     sync::watch,
     time::{sleep, timeout},
 };
@@ -19,7 +17,7 @@ use super::{
     graveyard::{Found, Graveyard},
     tombstone::Tombstone,
 };
-use crate::config::SiblingName;
+use crate::{config::SiblingName, watch::Watch};
 
 /// The task that looks.
 pub(crate) struct Lookout {
@@ -27,9 +25,8 @@ pub(crate) struct Lookout {
     graveyard: Graveyard,
     names: Vec<SiblingName>,
     generation: Option<String>,
-    inotify: Option<Arc<Receiver>>,
-    /// The directory that is watched, as inotify numbers it.
-    watched: Option<i32>,
+    /// `None` where there is nothing to watch, or no way to.
+    watch: Option<Watch>,
     view: watch::Sender<View>,
 }
 
@@ -69,8 +66,7 @@ impl Lookout {
         generation: Option<String>,
     ) -> (Self, watch::Receiver<View>) {
         let (view, seen) = watch::channel(View::default());
-        let inotify = open_inotify();
-        (Self { env, graveyard, names, generation, inotify, watched: None, view }, seen)
+        (Self { env, graveyard, names, generation, watch: None, view }, seen)
     }
 
     /// Looks until nobody wants to know any more.
@@ -90,18 +86,14 @@ impl Lookout {
 
     async fn look(&mut self) -> View {
         let (graveyard, names) = (self.graveyard.clone(), self.names.clone());
-        let (inotify, watched) = (self.inotify.clone(), self.watched);
+        let before = self.watch.take();
         let work = move || {
-            let watch = || graveyard.watch(&**inotify.as_ref()?, watched).ok();
-            let watched = watch().or_else(|| {
-                graveyard.make().ok()?; // so that there is something to watch; a failure is told when it matters
-                watch()
-            });
+            let watch = watched(before, &graveyard);
             let found = names.into_iter().filter_map(|name| Some((name.clone(), graveyard.find(&name)?)));
-            (watched, found.collect::<Vec<_>>(), graveyard.names())
+            (watch, found.collect::<Vec<_>>(), graveyard.names())
         };
-        let (watched, found, present) = self.env.blocking(work).await;
-        self.watched = watched;
+        let (watch, found, present) = self.env.blocking(work).await;
+        self.watch = watch;
         let stones = found.into_iter().map(|(name, found)| (name, self.judge(found))).collect();
         View { is_real: true, stones, present }
     }
@@ -127,30 +119,27 @@ impl Lookout {
     }
 
     /// Completes with a change in the directory that is watched.
-    async fn changed(&self) {
-        let Some(inotify) = &self.inotify else { return std::future::pending().await };
-        if inotify.readable().await.is_err() {
-            return std::future::pending().await; // the runtime is going down
+    async fn changed(&mut self) {
+        let Some(watch) = &mut self.watch else { return std::future::pending().await };
+        if watch.changed().await.is_err() {
+            self.watch = None; // it has gone; the next look finds what has its path now
         }
-        let mut events = [0; 4096];
-        while inotify.try_read(&mut events).is_ok_and(|length| length > 0) {} // what they say is looked up anyway
     }
+}
+
+/// A watch on the directory that is the graveyard now, which is made if it is missing so that there is something to watch.
+fn watched(before: Option<Watch>, graveyard: &Graveyard) -> Option<Watch> {
+    let followed = before.and_then(|mut watch| watch.follow(graveyard.path()).is_ok().then_some(watch));
+    followed.or_else(|| {
+        graveyard.make().ok()?; // a failure is told when it matters
+        let watch = Watch::new(graveyard.path());
+        watch.inspect_err(|error| debug!("the graveyard is looked at every second, but not watched: {error}")).ok()
+    })
 }
 
 /// Whether a tombstone says nothing about the generation that is ours. Those without one, as kubexit's are, always count.
 pub(crate) fn is_stale(generation: Option<&str>, ours: Option<&str>) -> bool {
     matches!((generation, ours), (Some(generation), Some(ours)) if generation != ours)
-}
-
-/// There may be none left for this user (inotify(7), `max_user_instances`): then there are only looks. An inotify is read
-/// like a pipe, and for pipes the runtime has a type.
-fn open_inotify() -> Option<Arc<Receiver>> {
-    let flags = inotify::CreateFlags::NONBLOCK | inotify::CreateFlags::CLOEXEC;
-    let inotify = inotify::init(flags).map_err(std::io::Error::from).and_then(Receiver::from_owned_fd_unchecked);
-    inotify
-        .inspect_err(|error| debug!("the graveyard is looked at every second, but not watched: {error}"))
-        .ok()
-        .map(Arc::new)
 }
 
 #[cfg(test)]
@@ -192,15 +181,18 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn what_the_watch_misses_is_seen_with_the_next_look() {
         let dir = tempfile::tempdir().unwrap();
-        let mut deaf = lookout(dir.path(), None);
-        deaf.0.inotify = None;
-        let (mut seen, _task) = spawn(deaf);
-        std::fs::write(dir.path().join("main"), BORN).unwrap();
+        let elsewhere = tempfile::tempdir().unwrap();
+        // Written to by another name, in a directory that nobody watches.
+        let file = elsewhere.path().join("other name");
+        std::fs::write(&file, BORN).unwrap();
+        std::fs::hard_link(&file, dir.path().join("main")).unwrap();
+        let (mut seen, _task) = spawn(lookout(dir.path(), None));
         seen.wait_for(|view| !view.stones.is_empty()).await.unwrap();
-        std::fs::write(dir.path().join("main"), DIED).unwrap();
+        std::fs::write(&file, DIED).unwrap();
         let begun = Instant::now();
         seen.wait_for(is_dead).await.unwrap();
-        assert!(begun.elapsed() <= RESCAN + 2 * GATHER, "{:?}", begun.elapsed());
+        let took = begun.elapsed();
+        assert!(took > RESCAN / 2 && took <= RESCAN + 2 * GATHER, "{took:?}");
     }
 
     #[tokio::test]
