@@ -43,7 +43,8 @@ fn a_server_out_of_reach_is_no_trouble() {
 #[test]
 fn without_a_terminal_to_give_it_is_said_what_is_missing() {
     let Some(place) = Place::with(&[AGENT]) else { return };
-    let options = ["--url", "ws://127.0.0.1:9", "--build", "b", "--pty", "--", "/phonehome-agent", "--version"];
+    let url = ["--url", "ws://127.0.0.1:9", "--build", "b", "--linger", "0s"];
+    let options = [&url[..], &["--pty", "--", "/phonehome-agent", "--version"]].concat();
     let output = place.run(true, &options);
     assert_eq!(output.status.code(), Some(125), "{}", stderr(&output));
     assert!(stderr(&output).contains("needs /dev/ptmx"), "{}", stderr(&output));
