@@ -21,7 +21,7 @@ use tracing::{
 };
 
 use self::{line::Line, ring::Ring};
-use crate::{config, console::Console};
+use crate::{config, console::Console, redact::Redactor};
 
 /// Form of the log.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
@@ -66,8 +66,15 @@ pub struct Settings {
 
 /// Sends the log to the console. Only the first call of a process counts: a second, as tests make, keeps the first log.
 pub fn init(settings: Settings, console: Console) {
-    LOG.get_or_init(|| Log { settings, console, ring: Mutex::default() });
+    LOG.get_or_init(|| Log { settings, console, redactor: OnceLock::new(), ring: Mutex::default() });
     drop(set_global_default(Global)); // it fails from the second call on
+}
+
+/// Masks secrets in all further lines: some quote the command, or what others said. Only the first call of a process counts.
+pub fn hide(redactor: &Redactor) {
+    if let Some(log) = LOG.get() {
+        log.redactor.get_or_init(|| redactor.clone());
+    }
 }
 
 /// Says that the agent has started and with which settings, if the log is to show that: `settings` is not called
@@ -79,6 +86,7 @@ pub fn started(settings: impl FnOnce() -> Map<String, Value>) {
         let mut line = Line::new(SystemTime::now(), Level::INFO, TARGET);
         line.message = concat!("phonehome-agent ", env!("CARGO_PKG_VERSION"), " started").to_owned();
         line.fields.push(("config".into(), settings().into()));
+        log.mask(&mut line);
         log.write(&line);
     }
 }
@@ -100,6 +108,8 @@ const TARGET: &str = "phonehome_agent";
 struct Log {
     settings: Settings,
     console: Console,
+    /// What no line may show.
+    redactor: OnceLock<Redactor>,
     ring: Mutex<Ring>,
 }
 
@@ -118,7 +128,14 @@ impl Log {
         level <= KEPT && self.settings.trace != Trace::Off
     }
 
-    fn take(&self, line: Line) {
+    fn mask(&self, line: &mut Line) {
+        if let Some(redactor) = self.redactor.get() {
+            line.mask(redactor);
+        }
+    }
+
+    fn take(&self, mut line: Line) {
+        self.mask(&mut line);
         let shown = self.shows(line.level, line.target);
         if line.level == Level::ERROR {
             self.ring().hidden().for_each(|line| self.write_hidden(line));

@@ -54,6 +54,9 @@ fn run(given: Box<Given>, console: &Console, signals: io::Result<Blocked>) -> Re
     if print {
         return print_all(&given.to_toml());
     }
+    if let Some(redactor) = &config.redactor {
+        log::hide(redactor);
+    }
     log::started(|| given.settings());
     drop(given); // the token is in the configuration, and that is enough
     phonehome_agent::run(config, console, signals?)

@@ -177,10 +177,8 @@ impl Recorder {
     }
 
     fn event(&mut self, time: UnixMicros, event: &Event) {
-        let payload = event.payload();
-        let masked =
-            self.redactor.as_ref().map(|redactor| redactor.mask_text(&String::from_utf8_lossy(&payload)).into_owned());
-        self.push(Stream::Event, time, with_headroom(masked.as_ref().map_or(&payload, String::as_bytes)));
+        let payload = self.redactor.as_ref().map_or_else(|| event.payload(), |redactor| redactor.mask_event(event));
+        self.push(Stream::Event, time, with_headroom(&payload));
     }
 
     pub(crate) fn took_over(&mut self, records: u64, finished: bool) {

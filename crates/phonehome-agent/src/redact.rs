@@ -14,6 +14,8 @@ mod tests;
 
 use std::{borrow::Cow, fmt, sync::Arc};
 
+use phonehome_proto::event::Event;
+use serde_json::Value;
 use tokio::time::Instant;
 use zeroize::Zeroizing;
 
@@ -97,6 +99,30 @@ impl Redactor {
         masker.mask(text.as_bytes(), Instant::now(), &mut keep);
         masker.finish(&mut keep);
         if masker.replaced() == 0 { Cow::Borrowed(text) } else { String::from_utf8_lossy(&masked).into_owned().into() }
+    }
+}
+
+impl Redactor {
+    /// Masks the texts of a value, and nothing else of it.
+    pub(crate) fn mask_value(&self, value: &mut Value) {
+        match value {
+            Value::Array(items) => items.iter_mut().for_each(|item| self.mask_value(item)),
+            Value::Object(members) => members.values_mut().for_each(|member| self.mask_value(member)),
+            Value::String(text) => {
+                if let Cow::Owned(masked) = self.mask_text(text) {
+                    *text = masked;
+                }
+            }
+            Value::Bool(_) | Value::Null | Value::Number(_) => {}
+        }
+    }
+
+    /// What an event says, without secrets. It stays an event of the same kind: only texts are masked.
+    pub(crate) fn mask_event(&self, event: &Event) -> Vec<u8> {
+        let payload = event.payload();
+        let Ok(Value::Object(mut members)) = serde_json::from_slice(&payload) else { return payload };
+        members.iter_mut().filter(|(name, _)| *name != "event").for_each(|(_, value)| self.mask_value(value));
+        Value::Object(members).to_string().into_bytes()
     }
 }
 

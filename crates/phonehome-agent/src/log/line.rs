@@ -12,6 +12,8 @@ use tracing::{
     field::{Field, Visit},
 };
 
+use crate::redact::Redactor;
+
 /// What a line says, in no form yet.
 #[derive(Debug)]
 pub(super) struct Line {
@@ -32,6 +34,12 @@ impl Line {
         let mut line = Self::new(time, *metadata.level(), metadata.target());
         event.record(&mut line);
         line
+    }
+
+    /// Masks secrets in whatever it says.
+    pub(super) fn mask(&mut self, redactor: &Redactor) {
+        self.message = redactor.mask_text(&self.message).into_owned();
+        self.fields.iter_mut().for_each(|(_, value)| redactor.mask_value(value));
     }
 
     /// One object, the fields beside the message.
@@ -144,6 +152,17 @@ mod tests {
         line.message = "gone\nfor \"good\"".into();
         line.fields = vec![("delay".into(), "250ms".into()), ("why".into(), "a b".into()), ("n".into(), 7.into())];
         line
+    }
+
+    #[test]
+    fn secrets_are_masked_in_message_and_fields() {
+        let mut line = line();
+        line.message = "cannot run hunter2".into();
+        line.fields.push(("config".into(), json!({"command": "hunter2", "wait-for": ["a=exec:hunter2", 1]})));
+        line.mask(&Redactor::new([zeroize::Zeroizing::new(b"hunter2".to_vec())]).unwrap().unwrap());
+        let text = line.to_string();
+        assert!(text.contains("cannot run [redacted]") && text.contains("a=exec:[redacted]"), "{text}");
+        assert!(text.contains("delay=250ms") && !text.contains("hunter2"), "{text}");
     }
 
     #[test]

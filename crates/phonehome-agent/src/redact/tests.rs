@@ -327,6 +327,18 @@ fn masking_is_fast() {
     }
 }
 
+#[test]
+fn an_event_stays_one_of_its_kind_whatever_the_secrets_are() {
+    let redactor = redactor(&[b"123456", b"reason", b"stopping", b"two\nlines", b"hunter2"]);
+    let stopping = |reason: &str| {
+        let (reason, signal, grace_ms) = (reason.into(), "SIGTERM".into(), 1_234_567);
+        Event::Stopping(phonehome_proto::event::Stopping { reason, signal, grace_ms })
+    };
+    let masked = redactor.mask_event(&stopping("a reason: \"hunter2\" 1234567 two\nlines"));
+    let expected = "a [redacted]: \"[redacted]\" [redacted]7 [redacted]";
+    assert_eq!(Event::parse(&masked), Some(stopping(expected)), "{}", String::from_utf8_lossy(&masked));
+}
+
 fn redactor(values: &[&[u8]]) -> Redactor {
     Redactor::new(values.iter().map(|value| Zeroizing::new(value.to_vec()))).unwrap().unwrap()
 }
