@@ -18,6 +18,8 @@ mod hook;
 mod isolation;
 mod json_client;
 mod labels;
+mod lifecycle;
+mod redaction;
 mod refusals;
 mod restart;
 mod resume;

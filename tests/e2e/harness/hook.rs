@@ -173,6 +173,19 @@ impl Stored {
         Self { log: fs::read(dir.join("log")).unwrap(), finished: serde_json::from_slice(&finished).unwrap() }
     }
 
+    /// The events that the directory of an attempt holds by now: when they happened, microseconds, and what they say.
+    pub(crate) fn events(attempt: &Path) -> Vec<(u64, Value)> {
+        let [index, events] = ["index", "events"].map(|name| fs::read(attempt.join(name)).unwrap_or_default());
+        let entries = index.chunks_exact(48).filter(|entry| entry[40] == 2);
+        let event = |entry: &[u8]| {
+            let u64_at = |at: usize| u64::from_le_bytes(entry[at..at + 8].try_into().unwrap());
+            let (position, len) = (u64_at(24) as usize, u32::from_le_bytes(entry[32..36].try_into().unwrap()) as usize);
+            let payload = events.get(position..position + len)?; // what is not there yet is not stored yet
+            Some((u64_at(8), serde_json::from_slice(payload).unwrap()))
+        };
+        entries.map_while(event).collect()
+    }
+
     /// Checks what the server promises: counts and digest of FINISHED are those of the bytes on disk.
     pub(crate) fn assert_complete(&self) {
         assert_eq!(self.finished["answer"], "complete");
