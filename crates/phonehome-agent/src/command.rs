@@ -32,7 +32,7 @@ use tracing::{debug, warn};
 pub use self::signals::Blocked;
 pub(crate) use self::{
     reaper::Reaper,
-    signals::{Caught, Signals},
+    signals::{Caught, Signals, block_again},
     source::{Held, Output, PIPE_SIZE, Source, Sources},
     unix::readable,
 };

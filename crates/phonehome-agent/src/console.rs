@@ -20,6 +20,8 @@ use tokio::{
 };
 use tracing::warn;
 
+use crate::command;
+
 /// Both standard streams. A line of the agent's own waits until the command has finished the line it is writing; when
 /// the command writes to the streams itself nobody sees its lines, and the agent's wait for its end.
 #[derive(Debug, Clone, Default)]
@@ -120,11 +122,13 @@ impl Console {
         let console = self.clone();
         let (written, progress) = watch::channel(());
         std::thread::Builder::new().name("console".into()).spawn(move || {
+            command::block_again();
             while let Some((stream, block)) = queue.blocking_recv() {
                 console.copy(stream, &block);
                 written.send_replace(());
             }
         })?;
+        command::block_again();
         Ok(Copier { blocks, progress })
     }
 }

@@ -39,7 +39,8 @@ use crate::{
 /// When the agent itself cannot do its work. Whatever happens to the command or on the wire is a code, not an error.
 pub fn run(config: Config, console: &Console, signals: Blocked) -> Result<u8, Failure> {
     let mut runtime = tokio::runtime::Builder::new_current_thread();
-    let runtime = runtime.enable_io().enable_time().thread_keep_alive(FOR_EVER).build()?;
+    runtime.enable_io().enable_time().thread_keep_alive(FOR_EVER).on_thread_start(command::block_again);
+    let runtime = runtime.build()?;
     if config.home.is_some() || config.siblings.has_probes() {
         keep_worker(&runtime)?;
     }
@@ -54,6 +55,7 @@ pub fn run(config: Config, console: &Console, signals: Blocked) -> Result<u8, Fa
 fn keep_worker(runtime: &tokio::runtime::Runtime) -> io::Result<()> {
     let room = std::thread::Builder::new().spawn(|| ())?; // an error here, where the runtime would panic
     drop(room.join()); // it does nothing
+    command::block_again();
     drop(runtime.spawn_blocking(|| ())); // nobody waits for nothing
     Ok(())
 }

@@ -25,6 +25,12 @@ impl Blocked {
     }
 }
 
+/// Blocks them once more, in this thread: musl unblocks some of its own in every thread that starts, and in the one that
+/// starts the first. As at the beginning, this does not fail.
+pub(crate) fn block_again() {
+    drop(unix::block_all());
+}
+
 /// Every signal to this process.
 #[derive(Debug)]
 pub(crate) struct Signals {

@@ -25,27 +25,35 @@ use zeroize::Zeroizing;
 ///
 /// A blocked signal waits, also for a PID 1, which otherwise would never see one without a handler.
 pub(super) fn block_signals() -> io::Result<OwnedFd> {
-    // Not by way of the libc, which denies that it has a few of its own and leaves them out: sent by anybody, they would end
-    // this process. It needs them for nothing that this process does (pthread_cancel(3), setuid(2) with several threads).
+    block_all()?;
     let default = [0u64; KERNEL_SIGACTION];
-    let all = u64::MAX;
+    let flags = libc::SFD_CLOEXEC | libc::SFD_NONBLOCK;
     // SAFETY: for the kernel's sigaction, which is plain data, zeroes are valid and mean the default; its signal set is 64
-    // bits; every pointer is to a local that outlives its call and is large enough. No handler is installed, so no code
+    // bits; every pointer is to something that outlives its call and is large enough. No handler is installed, so no code
     // runs in a signal's context. A descriptor that signalfd returns is nobody else's.
     unsafe {
         for number in 1..=LAST_SIGNAL {
             // It fails for KILL and STOP only.
             libc::syscall(libc::SYS_rt_sigaction, number, default.as_ptr(), ptr::null_mut::<u64>(), KERNEL_SIGSET);
         }
-        let how = libc::SIG_BLOCK;
-        if libc::syscall(libc::SYS_rt_sigprocmask, how, &raw const all, ptr::null_mut::<u64>(), KERNEL_SIGSET) < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        let flags = libc::SFD_CLOEXEC | libc::SFD_NONBLOCK;
-        let descriptor = libc::syscall(libc::SYS_signalfd4, -1, &raw const all, KERNEL_SIGSET, flags) as RawFd;
+        let descriptor = libc::syscall(libc::SYS_signalfd4, -1, &raw const ALL, KERNEL_SIGSET, flags) as RawFd;
         if descriptor < 0 { Err(io::Error::last_os_error()) } else { Ok(OwnedFd::from_raw_fd(descriptor)) }
     }
 }
+
+/// Blocks every signal in this thread.
+///
+/// Not by way of the libc, which denies that it has a few signals of its own and leaves them out: sent by anybody, they
+/// would end this process. It needs them for nothing done here (pthread_cancel(3), setuid(2) with several threads).
+pub(super) fn block_all() -> io::Result<()> {
+    let (how, none) = (libc::SIG_BLOCK, ptr::null_mut::<u64>());
+    // SAFETY: the kernel's signal set is 64 bits, and the old one is not asked for (rt_sigprocmask(2)).
+    let done = unsafe { libc::syscall(libc::SYS_rt_sigprocmask, how, &raw const ALL, none, KERNEL_SIGSET) };
+    if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Every signal, in the kernel's form.
+static ALL: u64 = u64::MAX;
 
 /// The highest signal number of Linux, generic numbering (signal(7), `SIGRTMAX`).
 const LAST_SIGNAL: c_int = 64;
@@ -152,6 +160,7 @@ pub(super) fn spawn(
         });
         libc::posix_spawn_file_actions_destroy(&raw mut actions);
         libc::posix_spawnattr_destroy(&raw mut attributes);
+        drop(block_all()); // musl's posix_spawn unblocks its own signals here; as at the start, this does not fail
         result?;
     }
     Pid::from_raw(child).ok_or_else(|| io::ErrorKind::Other.into())
