@@ -31,6 +31,9 @@ main() {
     agent_alone
     agent_in_a_builder_image
     agent_and_signals
+    agent_and_real_time_signals
+    agent_from_an_init_container
+    agent_beside_a_neighbour
     server
 
     echo "$passed passed, $failed failed"
@@ -62,6 +65,10 @@ agent_alone() {
     run phonehome-agent --no-such-option
     check "agent with a bad option: exit code $usage_error" exited "$usage_error"
     check "agent with a bad option: says so on stderr only" says_only_on_stderr no-such-option
+
+    run phonehome-agent -- /phonehome-agent --version
+    check "agent in an empty image, itself as the command: exit code 0" exited 0
+    check "agent in an empty image, itself as the command: its stdout" grep -q '^phonehome-agent [0-9]' "$work/out"
 
     run phonehome-agent -- /no-such-command
     check "agent in an empty image, command missing: exit code 127" exited 127
@@ -112,6 +119,57 @@ agent_and_signals() {
     stop
     check "podman stop, command handles TERM: its own exit code 5" exited 5
     check "podman stop, command handles TERM: its last words are there" grep -q stopping "$work/out"
+}
+
+# A static binary's libc keeps signals for itself that other programs may use.
+agent_and_real_time_signals() {
+    # With a server, although there is none, it has threads.
+    for number in 32 33 34 64; do
+        start --env PHONEHOME_URL=ws://127.0.0.1:9 --env PHONEHOME_BUILD=b --env PHONEHOME_LINGER=0s \
+            builder /busybox sh -c 'echo ready; exec /busybox sleep 60'
+        check "a command for signal $number is up" prints ready
+        signal "$number"
+        check "podman kill, signal $number: exit code $((128 + number))" exited $((128 + number))
+    done
+}
+
+# An image that knows nothing of the agent gets it by a volume.
+agent_from_an_init_container() {
+    mkdir "$work/shared"
+    run --volume "$work/shared:/shared" phonehome-agent install /shared/phonehome-agent
+    check "install into a volume: exit code 0" exited 0
+    check "install into a volume: the same file" cmp "$work/context/phonehome-agent" "$work/shared/phonehome-agent"
+
+    set -- --volume "$work/shared:/shared:ro" --entrypoint /shared/phonehome-agent probe
+    # shellcheck disable=SC2016 # for the shell in the container
+    run "$@" -- /busybox sh -c 'echo $PPID; exit 7'
+    check "installed agent: the command's exit code 7" exited 7
+    check "installed agent: it is PID 1" [ "$(cat "$work/out")" = 1 ]
+
+    start "$@" -- /busybox sh -c 'echo ready; exec /busybox sleep 60'
+    check "installed agent: a command that runs on is up" prints ready
+    stop
+    check "installed agent: podman stop, exit code 143" exited 143
+}
+
+# A pod may share one namespace of processes, whose PID 1 is somebody else.
+agent_beside_a_neighbour() {
+    neighbour /busybox sh -c '/busybox sleep 1000 & /busybox setsid /busybox sleep 1000 & wait'
+    check "a neighbour's processes are up" eventually has_sleepers 2
+
+    # shellcheck disable=SC2016 # for the shell in the container
+    run --pid container:neighbour builder /busybox sh -c 'echo $PPID; /busybox setsid /busybox sleep 1000 & exit 3'
+    check "beside a neighbour: exit code 3" exited 3
+    check "beside a neighbour: the agent is not PID 1" [ "$(cat "$work/out")" -gt 1 ]
+    check "beside a neighbour: what was left is named" grep -q 'still running after its end: pid [0-9]* (sleep\|busybox)' "$work/err"
+    check "beside a neighbour: only the agent's own were ended" has_sleepers 2
+
+    start --pid container:neighbour builder /busybox sh -c 'echo ready; exec /busybox sleep 1000'
+    check "beside a neighbour: a command that runs on is up" prints ready
+    stop
+    check "beside a neighbour: podman stop, exit code 143" exited 143
+    check "beside a neighbour: TERM ended nobody else" has_sleepers 2
+    podman rm --force --time 0 neighbour >/dev/null 2>&1
 }
 
 server() {
@@ -201,6 +259,30 @@ start() {
     podman run $cgroup --detach --name subject "$@" >"$work/out" 2>"$work/err"
     state=started
 }
+
+# shellcheck disable=SC2086 # as in run()
+# neighbour COMMAND...: another container, whose namespace of processes others may join.
+neighbour() {
+    podman run $cgroup --detach --name neighbour probe "$@" >/dev/null 2>"$work/err"
+}
+
+# shellcheck disable=SC2016 # for the shell in the container
+# has_sleepers COUNT: so many processes of the neighbour's namespace are `/busybox sleep 1000`.
+has_sleepers() {
+    run --pid container:neighbour probe /busybox sh -c \
+        'for process in /proc/[0-9]*; do /busybox tr "\0" " " <$process/cmdline; echo; done 2>/dev/null'
+    cat "$work/out"
+    [ "$(grep -c '^/busybox sleep 1000 $' "$work/out")" -eq "$1" ]
+}
+
+# signal NUMBER: ends it, or nothing does before long; then like `run`.
+signal() {
+    podman kill --signal "$1" subject >/dev/null 2>"$work/err"
+    eventually has_ended
+    state=$(podman inspect -f '{{.State.Status}} {{.State.ExitCode}}' subject 2>&1)
+    status=${state#* }
+}
+has_ended() { [ "$(podman inspect -f '{{.State.Status}}' subject 2>&1)" = exited ]; }
 
 # stop: TERM, and KILL for who is still there after a while; then like `run`.
 stop() {
