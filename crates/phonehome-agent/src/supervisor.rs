@@ -258,9 +258,9 @@ impl Supervisor {
         }
     }
 
-    /// Stays until those who were told to end are gone.
+    /// Stays until those who were told to end are gone, or killed ones should be.
     pub(crate) async fn left(&mut self) {
-        while matches!(self.plan, Plan::Kill(_)) && command::has_descendants() && !self.is_hurried() {
+        while matches!(self.plan, Plan::Kill(_) | Plan::GiveUp(_)) && command::has_descendants() && !self.is_hurried() {
             let hurry = self.hurry;
             tokio::select! {
                 () = self.step() => {}
