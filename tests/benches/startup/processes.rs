@@ -75,8 +75,9 @@ pub(super) fn static_agent() -> Result<PathBuf> {
     let own = env::current_exe()?;
     let target: &Path = own.ancestors().nth(3).ok_or("no target directory")?;
     let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    cargo.args(["build", "--locked", "--profile", "dist", "-p", "phonehome-agent", "--target", &triple]);
-    if !cargo.arg("--target-dir").arg(target).status()?.success() {
+    cargo.args(["rustc", "--locked", "--profile", "dist", "-p", "phonehome-agent", "--bin", "phonehome-agent"]);
+    cargo.args(["--target", &triple, "--target-dir"]).arg(target).args(["--", "-C", "relocation-model=static"]);
+    if !cargo.status()?.success() {
         return Err("the agent does not build; name one".into());
     }
     Ok(target.join(triple).join("dist/phonehome-agent"))
