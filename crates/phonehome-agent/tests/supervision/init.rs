@@ -76,7 +76,8 @@ fn orphans_are_reaped_by_whoever_is_their_init() {
 
 #[test]
 fn a_signal_ends_a_command_that_does_nothing_about_it() {
-    for (name, code) in [("TERM", 143), ("INT", 130), ("HUP", 129), ("USR1", 138), ("USR2", 140)] {
+    // Not INT, which a dash notes for later and may then forget.
+    for (name, code) in [("TERM", 143), ("HUP", 129), ("USR1", 138), ("USR2", 140)] {
         for mut place in places() {
             let mut started = start(place.args(["--linger", "0s", "--", "sh", "-c", "echo ready; sleep 1000; exit 3"]));
             let mut lines = lines(&mut started).map(Result::unwrap);
