@@ -290,7 +290,9 @@ pub(crate) fn leftovers(held: &[Held]) -> Vec<Process> {
 
 /// Starts a command as it is.
 fn start(command: &[OsString], output: &Output, environment: &[(&str, OsString)]) -> io::Result<Pid> {
-    let mut variables = std::env::vars_os().map(|(name, value)| variable(&name, &value)).collect::<Vec<_>>();
+    let is_replaced = |name: &OsStr| environment.iter().any(|(new, _)| name == *new);
+    let kept = std::env::vars_os().filter(|(name, _)| !is_replaced(name));
+    let mut variables = kept.map(|(name, value)| variable(&name, &value)).collect::<Vec<_>>();
     variables.extend(environment.iter().map(|(name, value)| variable(OsStr::new(name), value)));
     unix::spawn(command, &variables, output.ends())
 }

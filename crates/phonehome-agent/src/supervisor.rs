@@ -195,7 +195,7 @@ impl Supervisor {
             tokio::select! {
                 captured = &mut capture.task => {
                     let captured = captured.map_err(io::Error::from)?;
-                    self.settle_quietly(&[]).await;
+                    self.settle_quietly().await;
                     return Ok(captured);
                 }
                 () = self.step_with(&capture.held) => {}
@@ -207,24 +207,22 @@ impl Supervisor {
     /// The same when the output is nobody's business.
     pub(crate) async fn outlived(&mut self) {
         self.outlive();
-        self.settle_quietly(&[]).await;
+        self.settle_quietly().await;
     }
 
     /// The command has ended: what comes now is for those it left behind.
     fn outlive(&mut self) {
         self.patience = None; // there is no command left to end
         let patience = Instant::now() + LEFTOVER_PATIENCE;
-        match (self.plan, self.config.leftovers) {
-            (Plan::Kill(kill), Leftovers::Terminate | Leftovers::Wait) => self.plan = Plan::Settle(patience.min(kill)),
-            (Plan::Nothing, Leftovers::Terminate | Leftovers::Leave) => self.plan = Plan::Settle(patience),
-            // Waiting takes as long as it takes, but it is said that it does.
-            (Plan::Nothing, Leftovers::Wait) => self.plan = Plan::Settle(patience),
-            (Plan::Kill(_), Leftovers::Leave) | (Plan::Settle(_) | Plan::GiveUp(_), _) => {}
-        }
+        self.plan = match (self.plan, self.config.leftovers) {
+            (Plan::Kill(kill), Leftovers::Terminate | Leftovers::Wait) => Plan::Settle(patience.min(kill)),
+            (Plan::Nothing, _) => Plan::Settle(patience), // also when all are waited for: then it is said that they are
+            (plan @ Plan::Kill(_), Leftovers::Leave) | (plan @ (Plan::Settle(_) | Plan::GiveUp(_)), _) => plan,
+        };
     }
 
     /// Nobody holds the output open any more: only a moment is left for those who are still there.
-    async fn settle_quietly(&mut self, held: &[Held]) {
+    async fn settle_quietly(&mut self) {
         let soon = Instant::now() + SETTLE;
         if let Plan::Settle(at) = self.plan {
             self.plan = Plan::Settle(at.min(soon));
@@ -233,7 +231,7 @@ impl Supervisor {
         while command::has_descendants() && !self.give_up && !self.is_hurried() && (!self.settled || self.waits()) {
             let hurry = self.hurry;
             tokio::select! {
-                () = self.step_with(held) => {}
+                () = self.step() => {}
                 () = expiry(hurry) => {}
             }
         }

@@ -74,3 +74,14 @@ fn who_may_not_change_the_user_is_told_so() {
         Err(_) => skipped("there is no setpriv"),
     }
 }
+
+#[test]
+fn a_variable_that_the_agent_sets_takes_the_place_of_the_one_it_was_given() {
+    for options in [&[][..], &["--pty"]] {
+        let mut command = agent(&[&["--ready-when", "notify"], options, &["--", "env"]].concat());
+        let output = command.env("NOTIFY_SOCKET", "/run/systemd/notify").output().unwrap();
+        let variables = stdout(&output);
+        let sockets: Vec<_> = variables.lines().filter(|line| line.starts_with("NOTIFY_SOCKET=")).collect();
+        assert!(matches!(sockets[..], [one] if one.starts_with("NOTIFY_SOCKET=@")), "{options:?}: {sockets:?}");
+    }
+}
