@@ -14,6 +14,7 @@ mod herald;
 pub mod install;
 pub mod invocation;
 mod labels;
+mod ledger;
 pub mod line;
 pub mod log;
 mod outbox;

@@ -4,26 +4,21 @@ use std::{io, sync::Arc, time::Duration};
 
 use phonehome_env::Env;
 use phonehome_proto::{
-    event::{Born, Event, Terminated},
-    frame::{CommandState, End, Usage},
+    event::{Born, Event},
+    frame::{CommandState, End},
 };
-use tokio::{
-    sync::watch,
-    time::{Instant, sleep_until},
-};
+use tokio::time::{Instant, sleep_until};
 use tracing::{error, info, warn};
 
 use crate::{
-    capture::{Capture, Waivers},
     cause,
-    command::{self, Blocked, Command, Output, Reaper, Signals, Sources},
+    command::{self, Blocked, Command, Reaper, Signals, Sources},
     config::Config,
     console::{Console, Copier},
     failure::Failure,
     gate::{Admission, Denied, Gate},
-    herald::Herald,
-    line::Line,
-    probe::{exec::Children, output::OutputWatch},
+    ledger::Ledger,
+    probe::exec::Children,
     recorder::Recorder,
     siblings::Siblings,
     supervisor::{Capturing, HURRY, Patience, Supervisor, Watched},
@@ -67,17 +62,17 @@ async fn live(mut config: Config, console: &Console, signals: Blocked) -> Result
     command::prepare_process(&config.supervision);
     let signals = Signals::new(signals)?;
     let reaper = Reaper::default();
-    let log = Log::open(&mut config).await?;
+    let ledger = Ledger::open(&mut config).await?;
     let runner = Arc::new(Children(reaper.clone()));
-    let siblings = Siblings::open(config.siblings.clone(), &Env::real(), Some(log.herald.clone()), runner);
-    Life { config, console, log, siblings, signals, reaper }.live().await
+    let siblings = Siblings::open(config.siblings.clone(), &Env::real(), Some(ledger.herald.clone()), runner);
+    Life { config, console, ledger, siblings, signals, reaper }.live().await
 }
 
 /// Everything that lasts from the agent's start to its end.
 struct Life<'a> {
     config: Config,
     console: &'a Console,
-    log: Log,
+    ledger: Ledger,
     siblings: Siblings,
     signals: Signals,
     reaper: Reaper,
@@ -105,15 +100,15 @@ impl Life<'_> {
     /// Waits until the command may be started, and starts it.
     async fn start(&mut self) -> Result<Result<Started, Denied>, Failure> {
         // Before the command exists: not even its first byte can be missed.
-        let (output, sources) = match self.log.sources(&self.config) {
+        let (output, sources) = match self.ledger.sources(&self.config) {
             Ok(both) => both,
             Err(failure) => return Ok(Err(Denied::failed(&failure))),
         };
         let gate = Gate {
             start: self.config.start,
             siblings: &mut self.siblings,
-            line: self.log.line.as_mut(),
-            recorder: self.log.recorder.as_mut(),
+            line: self.ledger.line.as_mut(),
+            recorder: self.ledger.recorder.as_mut(),
             signals: &mut self.signals,
             reaper: &self.reaper,
         };
@@ -135,67 +130,27 @@ impl Life<'_> {
     /// From the command's start to the agent's end.
     async fn attend(mut self, Started { command, sources }: Started) -> Result<u8, Failure> {
         let program = self.config.command.first().map(|program| program.to_string_lossy().into_owned());
-        self.log.herald.tell(Event::Born(Born { program: program.unwrap_or_default(), pid: command.pid() }));
-        self.log.tell_state(CommandState::Running);
+        self.ledger.herald.tell(Event::Born(Born { program: program.unwrap_or_default(), pid: command.pid() }));
+        self.ledger.tell_state(CommandState::Running);
         let watch = self.siblings.take_output_watch();
-        let capture = self.log.capture(&self.config, sources, watch, self.console)?;
+        let capture = self.ledger.capture(&self.config, sources, watch, self.console)?;
         if capture.is_none() {
             self.console.lend();
         }
         self.siblings.born();
-        let Self { config, console, mut log, mut siblings, signals, reaper } = self;
+        let Self { config, console, mut ledger, siblings, signals, reaper } = self;
         let watched = Watched {
             command,
             signals,
             reaper,
-            herald: log.herald.clone(),
-            cancels: log.line.as_mut().and_then(|line| line.cancels.take()),
-            patience: log.line.as_ref().and_then(|line| Patience::of(&config.spool, line.outbox())),
+            herald: ledger.herald.clone(),
+            cancels: ledger.line.as_mut().and_then(|line| line.cancels.take()),
+            patience: ledger.line.as_ref().and_then(|line| Patience::of(&config.spool, line.outbox())),
             deaths: siblings.deaths(),
         };
-        let mut supervisor =
-            Supervisor::new(watched, config.supervision.clone(), config.siblings.death_signal, config.linger);
-        let end = supervisor.ended().await;
-        info!(code = end.code(), "the command ended");
-        log.tell_state(CommandState::Ended);
-        let death = supervisor.death().map(ToOwned::to_owned);
-        let is_expected = config.siblings.expected_exits.allows(&end, death.is_some());
-        supervisor.until(None, siblings.died(&end, death.as_deref())).await;
-        let deadline = Instant::now() + config.linger;
-        let (recorder, copier) = match capture {
-            Some(capture) => {
-                let captured = supervisor.captured(capture, deadline).await?;
-                (Some(captured.recorder), captured.copier)
-            }
-            None => {
-                supervisor.outlived().await;
-                console.take_back();
-                (None, None)
-            }
-        };
-        let command = supervisor.command();
-        let mut terminated = cause::terminated(&end, command.ran_out_of_memory(), command.duration());
-        terminated.reason = terminated.reason.or(death);
-        let end = judged(end, is_expected);
-        let code = end.code();
-        log.finish(&config, recorder, end, terminated, Some(command.usage()));
-        supervisor.leave(config.linger.min(HURRY));
-        let deadline = deadline.max(Instant::now() + config.linger.min(HURRY));
-        let mut delivery = Outcome::Nobody;
-        if let Some(mut line) = log.line.take() {
-            supervisor.until(Some(deadline), line.delivered()).await;
-            delivery = Outcome::Of(line.close().await);
-        }
-        if let Some(copier) = copier {
-            supervisor.until(None, copier.finish()).await;
-        }
-        supervisor.left().await;
-        let hold = config.supervision.hold[usize::from(code != 0)];
-        if !hold.is_zero() && !supervisor.is_told_to_end() {
-            tell_hold(hold);
-            supervisor.until(Some(Instant::now() + hold), std::future::pending()).await;
-        }
-        delivery.exit_code(code, config.require_delivery)
+        let death_signal = config.siblings.death_signal;
+        let supervisor = Supervisor::new(watched, config.supervision.clone(), death_signal, config.linger);
+        Attendance { config, console, ledger, siblings, supervisor }.live(capture).await
     }
 
     /// Nothing runs: only that is left to be told.
@@ -204,16 +159,16 @@ impl Life<'_> {
         let end = masked(&self.config, end);
         let is_expected = self.config.siblings.expected_exits.allows(&end, by_death);
         if let End::NotStarted { code, reason } = &end {
-            tell_why(&self.log, *code, reason, told_to_end || by_death);
+            tell_why(&self.ledger, *code, reason, told_to_end || by_death);
         }
         self.siblings.died(&end, None).await;
-        let recorder = self.log.recorder.take();
+        let recorder = self.ledger.recorder.take();
         let terminated = cause::terminated(&end, false, Duration::ZERO);
         let end = judged(end, is_expected);
         let code = end.code();
-        self.log.finish(&self.config, recorder, end, terminated, None);
+        self.ledger.finish(&self.config, recorder, end, terminated, None);
         let mut delivery = Outcome::Nobody;
-        if let Some(mut line) = self.log.line.take() {
+        if let Some(mut line) = self.ledger.line.take() {
             self.stay(self.config.linger, &mut told_to_end, line.delivered()).await;
             delivery = Outcome::Of(line.close().await);
         }
@@ -242,6 +197,84 @@ impl Life<'_> {
                     }
                 }
             }
+        }
+    }
+}
+
+/// What lasts from the command's start to the agent's end.
+struct Attendance<'a> {
+    config: Config,
+    console: &'a Console,
+    ledger: Ledger,
+    siblings: Siblings,
+    supervisor: Supervisor,
+}
+
+impl Attendance<'_> {
+    async fn live(mut self, capture: Option<Capturing>) -> Result<u8, Failure> {
+        let (end, death) = self.command_ended().await;
+        let deadline = Instant::now() + self.config.linger;
+        let (recorder, copier) = self.output_ended(capture, deadline).await?;
+        let code = self.finish(recorder, end, death);
+        let outcome = self.delivered(deadline).await;
+        if let Some(copier) = copier {
+            self.supervisor.until(None, copier.finish()).await;
+        }
+        self.supervisor.left().await;
+        self.hold(code).await;
+        outcome.exit_code(code, self.config.require_delivery)
+    }
+
+    /// How the command ended, and the death of the sibling for which it was ended.
+    async fn command_ended(&mut self) -> (End, Option<String>) {
+        let end = self.supervisor.ended().await;
+        info!(code = end.code(), "the command ended");
+        self.ledger.tell_state(CommandState::Ended);
+        let death = self.supervisor.death().map(ToOwned::to_owned);
+        self.supervisor.until(None, self.siblings.died(&end, death.as_deref())).await;
+        (end, death)
+    }
+
+    async fn output_ended(
+        &mut self,
+        capture: Option<Capturing>,
+        deadline: Instant,
+    ) -> Result<(Option<Recorder>, Option<Copier>), Failure> {
+        let Some(capture) = capture else {
+            self.supervisor.outlived().await;
+            self.console.take_back();
+            return Ok((None, None));
+        };
+        let captured = self.supervisor.captured(capture, deadline).await?;
+        Ok((Some(captured.recorder), captured.copier))
+    }
+
+    /// Ends the log and says what to exit with.
+    fn finish(&mut self, recorder: Option<Recorder>, end: End, death: Option<String>) -> u8 {
+        let command = self.supervisor.command();
+        let is_expected = self.config.siblings.expected_exits.allows(&end, death.is_some());
+        let mut terminated = cause::terminated(&end, command.ran_out_of_memory(), command.duration());
+        terminated.reason = terminated.reason.or(death);
+        let end = judged(end, is_expected);
+        let code = end.code();
+        self.ledger.finish(&self.config, recorder, end, terminated, Some(command.usage()));
+        code
+    }
+
+    async fn delivered(&mut self, deadline: Instant) -> Outcome {
+        let least = self.config.linger.min(HURRY);
+        self.supervisor.leave(least);
+        let Some(mut line) = self.ledger.line.take() else { return Outcome::Nobody };
+        self.supervisor.until(Some(deadline.max(Instant::now() + least)), line.delivered()).await;
+        Outcome::Of(line.close().await)
+    }
+
+    /// Stays alive, so that a person can look inside, until the time is over or somebody says TERM.
+    async fn hold(&mut self, code: u8) {
+        let hold = self.config.supervision.hold[usize::from(code != 0)];
+        if !hold.is_zero() && !self.supervisor.is_told_to_end() {
+            tell_hold(hold);
+            self.supervisor.until(Some(Instant::now() + hold), std::future::pending()).await;
         }
     }
 }
@@ -288,94 +321,11 @@ fn masked(config: &Config, end: End) -> End {
 }
 
 /// Says why nothing ran: as an error, unless it was somebody's wish.
-fn tell_why(log: &Log, code: u8, reason: &str, was_wished: bool) {
+fn tell_why(ledger: &Ledger, code: u8, reason: &str, was_wished: bool) {
     if was_wished {
         warn!(code, "{reason}");
     } else {
         error!("{reason}");
-        log.herald.fault(reason.to_owned());
-    }
-}
-
-/// Where facts and output go.
-struct Log {
-    /// `None` without a server.
-    line: Option<Line>,
-    /// `None` when nobody looks at the output, or once somebody else writes.
-    recorder: Option<Recorder>,
-    herald: Herald,
-}
-
-impl Log {
-    async fn open(config: &mut Config) -> Result<Self, Failure> {
-        let env = Env::real();
-        let (line, mut recorder) = match config.home.take() {
-            Some(home) => {
-                let (line, recorder) = Line::open(&env, home, &config.spool).await?;
-                (Some(line), Some(recorder))
-            }
-            None => {
-                warn!("no --url (PHONEHOME_URL): the command runs unobserved");
-                (None, config.looks_at_output().then(|| Recorder::for_nobody(env.clone())))
-            }
-        };
-        if let (Some(recorder), Some(redactor)) = (&mut recorder, &config.redactor) {
-            recorder.redact(redactor.clone());
-        }
-        let herald = recorder.as_ref().map_or_else(|| Herald::new(env.nature).0, Recorder::herald);
-        Ok(Self { line, recorder, herald })
-    }
-
-    /// Where the command will write to, made before the command is.
-    fn sources(&self, config: &Config) -> Result<(Output, Option<Sources>), Failure> {
-        let (output, sources) = match (&self.recorder, config.supervision.pty) {
-            (None, _) => return Ok((Output::Inherited, None)),
-            (Some(_), Some(size)) => Sources::terminal(size).map_err(Failure::Terminal)?,
-            (Some(_), None) => Sources::pipes(config.merge)?,
-        };
-        Ok((output, Some(sources)))
-    }
-
-    fn capture(
-        &mut self,
-        config: &Config,
-        sources: Option<Sources>,
-        watch: Option<OutputWatch>,
-        console: &Console,
-    ) -> Result<Option<Capturing>, Failure> {
-        let (Some(sources), Some(recorder)) = (sources, self.recorder.take()) else { return Ok(None) };
-        let copies = config.tee || self.line.is_none(); // somebody has to see it
-        let copier: Option<Copier> = copies.then(|| console.spawn_copier()).transpose()?;
-        let last_output =
-            self.line.as_ref().map_or_else(|| watch::Sender::new(Instant::now()), |line| line.last_output.clone());
-        let (waivers, waivers_rx) = watch::channel(Waivers::default());
-        let held = sources.held();
-        let capture =
-            Capture::new(sources, recorder, copier, config.redactor.clone(), last_output, waivers_rx).watched_by(watch);
-        Ok(Some(Capturing { task: tokio::spawn(capture.run()), waivers, held }))
-    }
-
-    /// Ends the log: nothing more can be told.
-    fn finish(
-        &self,
-        config: &Config,
-        recorder: Option<Recorder>,
-        end: End,
-        terminated: Terminated,
-        usage: Option<Usage>,
-    ) {
-        if let Some(reason) = cause::reason(&terminated) {
-            cause::leave_message(&config.supervision.termination_log, &reason);
-        }
-        self.herald.tell(Event::Terminated(terminated));
-        if let Some(recorder) = recorder {
-            recorder.finish(end, usage);
-        }
-    }
-
-    fn tell_state(&self, state: CommandState) {
-        if let Some(line) = &self.line {
-            line.command.send_replace(state);
-        }
+        ledger.herald.fault(reason.to_owned());
     }
 }
