@@ -1,6 +1,11 @@
 //! A server that takes what one agent tells.
 
-use std::{net::TcpListener, thread::JoinHandle, time::Duration};
+use std::{
+    io::{self, Read, Write},
+    net::{TcpListener, TcpStream},
+    thread::JoinHandle,
+    time::Duration,
+};
 
 use http::HeaderValue;
 use phonehome_proto::{
@@ -90,7 +95,7 @@ impl Told {
 fn serve(listener: &TcpListener, cancel: Option<Cancel>) -> Told {
     let (connection, _) = listener.accept().expect("an agent calls");
     connection.set_read_timeout(Some(PATIENCE)).expect("a socket can have a limit");
-    let mut socket = tungstenite::accept_hdr(connection, speak_binary).expect("it speaks websocket");
+    let mut socket = tungstenite::accept_hdr(Steady(connection), speak_binary).expect("it speaks websocket");
     assert!(matches!(hear(&socket.read().expect("it speaks")), AgentFrame::Hello(_)));
     socket.send(say(&welcome(cancel))).expect("it listens");
     let mut taken: Vec<Record> = Vec::new();
@@ -111,6 +116,31 @@ fn serve(listener: &TcpListener, cancel: Option<Cancel>) -> Told {
     let mut told = Told { output: Default::default(), events: Vec::new(), finished };
     taken.into_iter().for_each(|record| told.take(record));
     told
+}
+
+/// A socket that goes on when it was interrupted: a read with a time limit is, whenever this process was stopped or looked
+/// at by a tracer, as other tests do (signal(7)).
+struct Steady(TcpStream);
+
+impl Read for Steady {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        loop {
+            match self.0.read(buffer) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                result => return result,
+            }
+        }
+    }
+}
+
+impl Write for Steady {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()
+    }
 }
 
 /// How long an agent may be silent.
