@@ -465,7 +465,7 @@ mod tests {
         let policy =
             Policy { overflow: Overflow::Block, offline_limit: None, on_offline: OnOffline::Continue, ring: 1 << 20 };
         let recorder = Recorder::new(Env::real(), outbox.clone(), policy);
-        let sources = Sources { stdout: Source::Pipe(stdout), stderr: stderr.map(Source::Pipe) };
+        let sources = Sources { stdout: Source::Pipe(stdout), stderr: stderr.map(Source::Pipe), kept_open: None };
         Capture::new(sources, recorder, None, None, last_output, waivers)
     }
 }

@@ -23,7 +23,7 @@ use phonehome_proto::{
 };
 use rustix::{
     fs::fchown,
-    process::{DumpableBehavior, Pid, Signal, WaitId, WaitIdOptions, WaitStatus, getpgrp, getpid, waitid},
+    process::{DumpableBehavior, Pid, Signal, WaitId, WaitIdOptions, WaitStatus, getpgid, getpgrp, getpid, waitid},
     termios::{tcgetpgrp, tcsetpgrp},
 };
 use tokio::{sync::watch, time::Instant};
@@ -213,9 +213,19 @@ impl Command {
         } else if let Err(error) = unix::kill_group(self.leader, sent) {
             debug!(sent, "the command could not be signalled: {error}");
         }
+        if self.has_left_its_group()
+            && let Err(error) = unix::kill(self.leader, sent)
+        {
+            debug!(sent, "the command itself could not be signalled: {error}");
+        }
         if is_stop && !self.has_terminal {
             stop_myself(); // with the terminal lent, that waits until the command has stopped
         }
+    }
+
+    /// Whether the command lives and has joined another group (setpgid(2)). Until it is reaped its number is its own.
+    fn has_left_its_group(&self) -> bool {
+        self.end.is_none() && getpgid(Some(self.leader)).is_ok_and(|group| group != self.leader)
     }
 
     /// Whether the process group still has members: then its number is nobody else's. Until it is reaped the command is

@@ -34,12 +34,14 @@ pub(crate) struct Denied {
     pub(crate) told_to_end: bool,
     /// Whether it is because a sibling has died.
     pub(crate) by_death: bool,
+    /// Whether somebody wanted it so: nothing failed.
+    pub(crate) is_wished: bool,
 }
 
 impl Denied {
     /// For another reason than those.
     pub(crate) fn because(end: End) -> Self {
-        Self { end, told_to_end: false, by_death: false }
+        Self { end, told_to_end: false, by_death: false, is_wished: false }
     }
 
     /// For a failure of the agent's own.
@@ -143,17 +145,19 @@ impl Gate<'_> {
 
 impl Denied {
     fn unborn(unborn: Unborn) -> Self {
-        Self { by_death: matches!(unborn, Unborn::Death(_)), ..Self::because(unborn.end()) }
+        let by_death = matches!(unborn, Unborn::Death(_));
+        Self { by_death, is_wished: by_death, ..Self::because(unborn.end()) }
     }
 
     fn cancelled(reason: &str) -> Self {
         let reason = if reason.is_empty() { String::new() } else { format!(" ({reason})") };
-        Self::new(EXIT_TERMINATED, format!("cancelled before it was started{reason}"))
+        let reason = format!("cancelled before it was started{reason}");
+        Self { is_wished: true, ..Self::new(EXIT_TERMINATED, reason) }
     }
 
     fn signalled(signal: u8) -> Self {
         let reason = format!("{} came before it was started", phonehome_proto::signal::name(signal));
-        Self { told_to_end: true, ..Self::new(SIGNALLED + signal, reason) }
+        Self { told_to_end: true, is_wished: true, ..Self::new(SIGNALLED + signal, reason) }
     }
 }
 

@@ -31,6 +31,12 @@ pub(crate) struct Ledger {
     pub(crate) herald: Herald,
 }
 
+/// What is read of a command, and who copies it.
+pub(crate) struct Inputs {
+    sources: Sources,
+    copier: Option<Copier>,
+}
+
 impl Ledger {
     pub(crate) async fn open(config: &mut Config) -> Result<Self, Failure> {
         let env = Env::real();
@@ -51,33 +57,33 @@ impl Ledger {
         Ok(Self { line, recorder, herald })
     }
 
-    /// Where the command will write to, made before the command is.
-    pub(crate) fn sources(&self, config: &Config) -> Result<(Output, Option<Sources>), Failure> {
+    /// Where the command will write to, made before the command is. Whatever can fail about it has not failed then.
+    pub(crate) fn inputs(&self, config: &Config, console: &Console) -> Result<(Output, Option<Inputs>), Failure> {
         let (output, sources) = match (&self.recorder, config.supervision.pty) {
             (None, _) => return Ok((Output::Inherited, None)),
             (Some(_), Some(size)) => Sources::terminal(size).map_err(Failure::Terminal)?,
             (Some(_), None) => Sources::pipes(config.merge)?,
         };
-        Ok((output, Some(sources)))
+        let copies = config.tee || self.line.is_none(); // somebody has to see it
+        let copier = copies.then(|| console.spawn_copier()).transpose()?;
+        Ok((output, Some(Inputs { sources, copier })))
     }
 
+    /// Begins to read what the command writes.
     pub(crate) fn capture(
         &mut self,
         config: &Config,
-        sources: Option<Sources>,
+        inputs: Option<Inputs>,
         watch: Option<OutputWatch>,
-        console: &Console,
-    ) -> Result<Option<Capturing>, Failure> {
-        let (Some(sources), Some(recorder)) = (sources, self.recorder.take()) else { return Ok(None) };
-        let copies = config.tee || self.line.is_none(); // somebody has to see it
-        let copier: Option<Copier> = copies.then(|| console.spawn_copier()).transpose()?;
+    ) -> Option<Capturing> {
+        let (Inputs { mut sources, copier }, recorder) = (inputs?, self.recorder.take()?);
         let last_output =
             self.line.as_ref().map_or_else(|| watch::Sender::new(Instant::now()), |line| line.last_output.clone());
         let (waivers, waivers_rx) = watch::channel(Waivers::default());
-        let held = sources.held();
+        let (held, kept_open) = (sources.held(), sources.kept_open.take());
         let capture =
             Capture::new(sources, recorder, copier, config.redactor.clone(), last_output, waivers_rx).watched_by(watch);
-        Ok(Some(Capturing { task: tokio::spawn(capture.run()), waivers, held }))
+        Some(Capturing { task: tokio::spawn(capture.run()), waivers, held, kept_open })
     }
 
     /// Ends the log: nothing more can be told.

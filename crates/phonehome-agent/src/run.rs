@@ -12,12 +12,12 @@ use tracing::{error, info, warn};
 
 use crate::{
     cause,
-    command::{self, Blocked, Command, Reaper, Signals, Sources},
+    command::{self, Blocked, Command, Reaper, Signals},
     config::Config,
     console::{Console, Copier},
     failure::Failure,
     gate::{Admission, Denied, Gate},
-    ledger::Ledger,
+    ledger::{Inputs, Ledger},
     probe::exec::Children,
     recorder::Recorder,
     siblings::Siblings,
@@ -81,7 +81,7 @@ struct Life<'a> {
 /// A command that was started, and how its output is read.
 struct Started {
     command: Command,
-    sources: Option<Sources>,
+    inputs: Option<Inputs>,
 }
 
 impl Life<'_> {
@@ -100,7 +100,7 @@ impl Life<'_> {
     /// Waits until the command may be started, and starts it.
     async fn start(&mut self) -> Result<Result<Started, Denied>, Failure> {
         // Before the command exists: not even its first byte can be missed.
-        let (output, sources) = match self.ledger.sources(&self.config) {
+        let (output, inputs) = match self.ledger.inputs(&self.config, self.console) {
             Ok(both) => both,
             Err(failure) => return Ok(Err(Denied::failed(&failure))),
         };
@@ -120,20 +120,24 @@ impl Life<'_> {
         let user = self.config.supervision.user;
         match Command::spawn(&self.config.command, output, user, &variables, &self.reaper) {
             Ok(command) => {
-                early.into_iter().for_each(|signal| command.pass_on(signal));
-                Ok(Ok(Started { command, sources }))
+                let rewrites = &self.config.supervision.rewrites;
+                early
+                    .into_iter()
+                    .filter_map(|signal| rewrites.apply(signal))
+                    .for_each(|signal| command.pass_on(signal));
+                Ok(Ok(Started { command, inputs }))
             }
             Err(end) => Ok(Err(Denied::because(end))),
         }
     }
 
     /// From the command's start to the agent's end.
-    async fn attend(mut self, Started { command, sources }: Started) -> Result<u8, Failure> {
+    async fn attend(mut self, Started { command, inputs }: Started) -> Result<u8, Failure> {
         let program = self.config.command.first().map(|program| program.to_string_lossy().into_owned());
         self.ledger.herald.tell(Event::Born(Born { program: program.unwrap_or_default(), pid: command.pid() }));
         self.ledger.tell_state(CommandState::Running);
         let watch = self.siblings.take_output_watch();
-        let capture = self.ledger.capture(&self.config, sources, watch, self.console)?;
+        let capture = self.ledger.capture(&self.config, inputs, watch);
         if capture.is_none() {
             self.console.lend();
         }
@@ -155,11 +159,11 @@ impl Life<'_> {
 
     /// Nothing runs: only that is left to be told.
     async fn do_without(mut self, denied: Denied) -> Result<u8, Failure> {
-        let Denied { end, mut told_to_end, by_death } = denied;
+        let Denied { end, mut told_to_end, is_wished, by_death } = denied;
         let end = masked(&self.config, end);
         let is_expected = self.config.siblings.expected_exits.allows(&end, by_death);
         if let End::NotStarted { code, reason } = &end {
-            tell_why(&self.ledger, *code, reason, told_to_end || by_death);
+            tell_why(&self.ledger, *code, reason, is_wished);
         }
         self.siblings.died(&end, None).await;
         let recorder = self.ledger.recorder.take();
@@ -169,31 +173,34 @@ impl Life<'_> {
         self.ledger.finish(&self.config, recorder, end, terminated, None);
         let mut delivery = Outcome::Nobody;
         if let Some(mut line) = self.ledger.line.take() {
-            self.stay(self.config.linger, &mut told_to_end, line.delivered()).await;
+            let time = if told_to_end { self.config.linger.min(HURRY) } else { self.config.linger };
+            told_to_end |= self.stay(time, HURRY, line.delivered()).await;
             delivery = Outcome::Of(line.close().await);
         }
         let hold = self.config.supervision.hold[usize::from(code != 0)];
-        if !hold.is_zero() && !told_to_end {
+        if !hold.is_zero() && !told_to_end && !is_wished {
             tell_hold(hold);
-            self.stay(hold, &mut told_to_end, std::future::pending()).await;
+            self.stay(hold, Duration::ZERO, std::future::pending()).await;
         }
         delivery.exit_code(code, self.config.require_delivery)
     }
 
-    /// Waits for `work`, but no longer than for `time`, and not for long once the agent was told to end.
-    async fn stay(&mut self, time: Duration, told_to_end: &mut bool, work: impl Future<Output = ()>) {
+    /// Waits for `work`, but no longer than for `time`, and than for `hurry` once the agent is told to end. Says whether it
+    /// was.
+    async fn stay(&mut self, time: Duration, hurry: Duration, work: impl Future<Output = ()>) -> bool {
         let mut work = std::pin::pin!(work);
-        let mut deadline = Instant::now() + if *told_to_end { time.min(HURRY) } else { time };
+        let mut deadline = Instant::now() + time;
+        let mut told_to_end = false;
         loop {
             tokio::select! {
                 biased;
-                () = &mut work => return,
-                () = sleep_until(deadline) => return,
+                () = &mut work => return told_to_end,
+                () = sleep_until(deadline) => return told_to_end,
                 caught = self.signals.next() => {
                     self.reaper.reap();
                     if caught.ends().is_some() {
-                        *told_to_end = true;
-                        deadline = deadline.min(Instant::now() + HURRY);
+                        told_to_end = true;
+                        deadline = deadline.min(Instant::now() + hurry);
                     }
                 }
             }
@@ -272,9 +279,9 @@ impl Attendance<'_> {
     /// Stays alive, so that a person can look inside, until the time is over or somebody says TERM.
     async fn hold(&mut self, code: u8) {
         let hold = self.config.supervision.hold[usize::from(code != 0)];
-        if !hold.is_zero() && !self.supervisor.is_told_to_end() {
+        if !hold.is_zero() && self.supervisor.may_stay() {
             tell_hold(hold);
-            self.supervisor.until(Some(Instant::now() + hold), std::future::pending()).await;
+            self.supervisor.hold(Instant::now() + hold).await;
         }
     }
 }

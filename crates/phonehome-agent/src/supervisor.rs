@@ -1,7 +1,7 @@
 //! Watches over a command: signals pass through, whoever is told to end and does not is killed after a grace period, and
 //! those who outlive the command are waited for, ended or left.
 
-use std::{io, sync::Arc, time::Duration};
+use std::{io, os::fd::OwnedFd, sync::Arc, time::Duration};
 
 use phonehome_proto::{
     event::{Cancelled, Event, Leftovers as Remaining, Process, Stopping},
@@ -12,7 +12,7 @@ use rustix::process::Signal;
 use tokio::{
     sync::{mpsc, watch},
     task::JoinHandle,
-    time::Instant,
+    time::{Instant, sleep_until},
 };
 use tracing::{info, warn};
 
@@ -51,6 +51,8 @@ pub(crate) struct Capturing {
     pub(crate) waivers: watch::Sender<Waivers>,
     /// What it reads, to find out who holds that open.
     pub(crate) held: Vec<Held>,
+    /// What the agent itself holds open as long as the command lives.
+    pub(crate) kept_open: Option<OwnedFd>,
 }
 
 /// A command and all that can happen to it.
@@ -79,6 +81,8 @@ pub(crate) struct Supervisor {
     hurry: Option<Instant>,
     /// Whether the agent itself was told to end.
     told_to_end: bool,
+    /// Whether the command was.
+    is_stopped: bool,
 }
 
 /// What happens next, and when.
@@ -156,6 +160,7 @@ impl Supervisor {
             give_up,
             hurry,
             told_to_end: false,
+            is_stopped: false,
         }
     }
 
@@ -182,6 +187,7 @@ impl Supervisor {
     /// capture waits for the server no longer, and in a hurry neither for the reader of the copy nor for writers.
     pub(crate) async fn captured(&mut self, mut capture: Capturing, deadline: Instant) -> Result<Captured, Failure> {
         self.outlive();
+        capture.kept_open = None;
         loop {
             let late = self.is_hurried() || deadline <= Instant::now();
             capture.waivers.send_replace(Waivers {
@@ -274,9 +280,25 @@ impl Supervisor {
         self.hurry.is_some_and(|at| at <= Instant::now())
     }
 
-    /// Whether the agent itself was told to end, in which case nobody wants it to stay.
-    pub(crate) fn is_told_to_end(&self) -> bool {
-        self.told_to_end
+    /// Waits until `deadline`, or until anybody wants the end of it all.
+    pub(crate) async fn hold(&mut self, deadline: Instant) {
+        while !self.is_told_to_end() {
+            tokio::select! {
+                biased;
+                () = sleep_until(deadline) => return,
+                () = self.step() => {}
+            }
+        }
+    }
+
+    /// Whether nobody has wanted the end so far.
+    pub(crate) fn may_stay(&self) -> bool {
+        !self.is_told_to_end()
+    }
+
+    /// Whether the agent itself was told to end, or the command by whoever has a say in it: nobody wants them to stay.
+    fn is_told_to_end(&self) -> bool {
+        self.told_to_end || self.is_stopped
     }
 
     /// Leaves at least this much time for the delivery.
@@ -380,6 +402,7 @@ impl Supervisor {
             let signal = signal::name(number).into_owned();
             self.herald.tell(Event::Stopping(Stopping { reason: reason.into(), signal, grace_ms }));
         }
+        self.is_stopped = true;
         self.command.pass_on(number);
         let kill = Instant::now() + grace;
         let kill = self.kill_by.map_or(kill, |at| at.min(kill));
@@ -402,7 +425,11 @@ impl Supervisor {
             Plan::Settle(_) => self.settle(held, now),
             Plan::Kill(_) if self.command.end().is_none() => {
                 warn!("the grace period is over; killing the command's processes");
-                self.command.signal(Signal::KILL);
+                self.kill();
+                Plan::GiveUp(now + AFTER_KILL)
+            }
+            Plan::GiveUp(_) if self.command.end().is_none() => {
+                self.kill(); // nobody gives up a command that lives
                 Plan::GiveUp(now + AFTER_KILL)
             }
             Plan::Kill(_) if command::has_descendants() => {
@@ -411,8 +438,8 @@ impl Supervisor {
                 Plan::GiveUp(now + AFTER_KILL)
             }
             Plan::Kill(_) | Plan::GiveUp(_) => {
-                self.give_up = self.command.end().is_some();
-                if self.give_up && command::has_descendants() {
+                self.give_up = true;
+                if command::has_descendants() {
                     self.kill(); // those who were forked meanwhile, or had left the group
                 }
                 Plan::Nothing

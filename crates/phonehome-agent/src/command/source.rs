@@ -76,6 +76,9 @@ pub(crate) struct Sources {
     pub(crate) stdout: Source,
     /// None when both streams are one.
     pub(crate) stderr: Option<Source>,
+    /// The command's end of a terminal. As long as the command lives it must stay open: when the last one is closed, the
+    /// terminal is gone, and who has it as controlling terminal gets SIGHUP.
+    pub(crate) kept_open: Option<OwnedFd>,
 }
 
 /// Capacity asked for a pipe, bytes: the most an unprivileged process gets (pipe(7), `/proc/sys/fs/pipe-max-size`).
@@ -87,10 +90,10 @@ impl Sources {
         let (stdout, stdout_end) = pipe()?;
         if merge {
             let output = Output::Pipes(stdout_end.try_clone()?, stdout_end);
-            return Ok((output, Self { stdout, stderr: None }));
+            return Ok((output, Self { stdout, stderr: None, kept_open: None }));
         }
         let (stderr, stderr_end) = pipe()?;
-        Ok((Output::Pipes(stdout_end, stderr_end), Self { stdout, stderr: Some(stderr) }))
+        Ok((Output::Pipes(stdout_end, stderr_end), Self { stdout, stderr: Some(stderr), kept_open: None }))
     }
 
     /// Makes a terminal. What the command writes is read as it was written: the terminal turns no LF into CR LF, and
@@ -107,7 +110,8 @@ impl Sources {
         fcntl_setfl(&master, fcntl_getfl(&master)? | OFlags::NONBLOCK)?;
         let terminal = Terminal(unix::readable(master)?);
         terminal.resize(size)?;
-        Ok((Output::Terminal(slave), Self { stdout: Source::Terminal(terminal), stderr: None }))
+        let kept_open = Some(slave.try_clone()?);
+        Ok((Output::Terminal(slave), Self { stdout: Source::Terminal(terminal), stderr: None, kept_open }))
     }
 
     /// How descriptors of it are recognised.

@@ -246,3 +246,9 @@ pub(super) fn kill_group(group: Pid, number: u8) -> io::Result<()> {
     let signal = signal(number).ok_or(io::ErrorKind::InvalidInput)?;
     Ok(rustix::process::kill_process_group(group, signal)?)
 }
+
+/// Sends a signal of any number to a process.
+pub(super) fn kill(process: Pid, number: u8) -> io::Result<()> {
+    let signal = signal(number).ok_or(io::ErrorKind::InvalidInput)?;
+    Ok(rustix::process::kill_process(process, signal)?)
+}

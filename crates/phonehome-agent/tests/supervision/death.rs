@@ -84,3 +84,20 @@ fn what_could_not_run_is_told_and_held_like_any_failure_and_term_ends_that() {
     signal(&agent, "TERM");
     assert_eq!(agent.0.wait().unwrap().code(), Some(127));
 }
+
+#[test]
+fn a_command_that_was_ended_for_a_sibling_is_not_held() {
+    let graveyard = tempfile::tempdir().unwrap();
+    let path = graveyard.path().to_str().unwrap();
+    let options = ["--hold-on-failure", "1h", "--graveyard", path, "--death-deps", "main"];
+    let mut agent = start(agent(&options).args(["--", "sh", "-c", "echo ready; exec sleep 1000"]));
+    assert_eq!(lines(&mut agent).next().unwrap().unwrap(), "ready");
+    std::fs::write(
+        graveyard.path().join("main"),
+        "Born: \"2026-11-21T08:58:44Z\"\nDied: \"2026-11-21T08:58:45Z\"\nExitCode: 0\n",
+    )
+    .unwrap();
+    assert_eq!(agent.0.wait().unwrap().code(), Some(143));
+    let output = bounded(&[&options[..], &["--", "echo", "started"]].concat());
+    assert_eq!((output.status.code(), &*output.stdout), (Some(143), &b""[..]), "{}", stderr(&output));
+}

@@ -196,3 +196,49 @@ fn await_state(pid: u32, state: char) {
 fn has_python() -> bool {
     Command::new("python3").arg("--version").output().is_ok()
 }
+
+#[test]
+fn a_signal_that_came_before_the_command_is_rewritten_likewise() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("start");
+    let wait = format!("it=file:{}", file.display());
+    let options = ["--rewrite-signal", "USR1:0,USR2:CONT", "--log-level", "info", "--wait-for", &wait];
+    let mut agent = agent(&options);
+    let mut agent = start(agent.args(["--", "echo", "started"]).stderr(std::process::Stdio::piped()));
+    let mut told = std::io::BufRead::lines(std::io::BufReader::new(agent.0.stderr.take().unwrap()));
+    assert!(told.any(|line| line.unwrap().contains("waiting for it to pass")));
+    signal(&agent, "USR1");
+    signal(&agent, "USR2");
+    std::fs::write(&file, "").unwrap();
+    assert_eq!(lines(&mut agent).next().unwrap().unwrap(), "started");
+    assert_eq!(agent.0.wait().unwrap().code(), Some(0));
+}
+
+#[test]
+fn a_command_that_leaves_its_group_is_signalled_all_the_same() {
+    if !has_python() {
+        return skipped("there is no python3");
+    }
+    let script = "
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: print('told', flush=True))
+other = os.fork()
+if other == 0:
+    os.setpgid(0, 0)
+    time.sleep(1000)
+while True:
+    try:
+        os.setpgid(0, other)
+        break
+    except PermissionError:
+        pass
+print('left', flush=True)
+while True: time.sleep(0.05)
+";
+    let mut agent = start(&mut agent(&["--grace-period", "500ms", "--", "python3", "-c", script]));
+    let mut lines = lines(&mut agent).map(Result::unwrap);
+    assert_eq!(lines.next().as_deref(), Some("left"));
+    signal(&agent, "TERM");
+    assert_eq!(lines.next().as_deref(), Some("told"));
+    assert_eq!(agent.0.wait().unwrap().code(), Some(137));
+}

@@ -44,3 +44,15 @@ fn merged_streams_keep_their_order() {
         assert_eq!((stdout(&output), stderr(&output)), (expected, String::new()));
     }
 }
+
+#[test]
+fn a_command_that_turns_away_from_the_terminal_keeps_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("log");
+    let script = format!("exec >{0} 2>&1; sleep 0.3; echo built; tty </dev/tty", file.display());
+    for options in [&[][..], UNREACHABLE] {
+        let output = bounded(&[options, &["--pty", "--linger", "0s", "--", "sh", "-c", &script]].concat());
+        assert_eq!((output.status.code(), &*stdout(&output)), (Some(0), ""), "{}", stderr(&output));
+        assert!(std::fs::read_to_string(&file).unwrap().starts_with("built\n/dev/"));
+    }
+}
