@@ -18,7 +18,7 @@ use std::{
 
 use phonehome_proto::{
     event::Process,
-    frame::{End, Usage},
+    frame::{End, Stream, Usage},
     limits::MAX_TEXT,
 };
 use rustix::{
@@ -240,6 +240,9 @@ impl Command {
             // A member below a parent that has left the group does not count as one as long as that parent lives.
             let group = self.has_members().then_some(self.leader);
             self.signal(signal);
+            if signal == Signal::TERM && self.end.is_some() {
+                self.signal(Signal::CONT); // likewise
+            }
             let strays: Vec<_> = descendants::of(getpid())
                 .into_iter()
                 .filter(|living| group.is_none() || living.group != group)
@@ -247,6 +250,9 @@ impl Command {
             for stray in &strays {
                 if let Err(error) = descendants::signal(stray, signal) {
                     debug!(pid = ?stray.pid, "it could not be signalled: {error}");
+                }
+                if signal == Signal::TERM {
+                    drop(descendants::signal(stray, Signal::CONT)); // a stopped one would not hear of it
                 }
             }
             if strays.is_empty() || signal != Signal::KILL {
@@ -296,6 +302,33 @@ pub(crate) fn leftovers(held: &[Held]) -> Vec<Process> {
         found.extend(descendants::holders(held, myself));
     }
     found
+}
+
+/// This process's own standard output and standard error, as they look in `/proc`; without those that lead nowhere.
+pub(crate) fn own_streams() -> Vec<Held> {
+    let streams = [(Stream::Stdout, "/proc/self/fd/1"), (Stream::Stderr, "/proc/self/fd/2")];
+    let links = streams.into_iter().filter_map(|(stream, path)| Some((stream, std::fs::read_link(path).ok()?)));
+    links
+        .map(|(stream, link)| Held { streams: vec![stream], link: link.to_string_lossy().into_owned() })
+        .filter(|held| held.link != "/dev/null")
+        .collect()
+}
+
+/// Whether a descendant holds one of these open.
+pub(crate) fn is_held(streams: &[Held]) -> bool {
+    has_descendants()
+        && descendants::of(getpid()).iter().any(|living| !descendants::describe(living, streams).holds.is_empty())
+}
+
+/// Kills all descendants there are.
+pub(crate) fn kill_descendants() {
+    for _ in 0..ROUNDS {
+        let living = if has_descendants() { descendants::of(getpid()) } else { Vec::new() };
+        if living.is_empty() {
+            return;
+        }
+        living.iter().for_each(|living| drop(descendants::signal(living, Signal::KILL))); // it may have ended by now
+    }
 }
 
 /// Starts a command as it is.

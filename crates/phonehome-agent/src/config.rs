@@ -15,7 +15,7 @@ mod supervision;
 use std::{
     ffi::{OsStr, OsString},
     io,
-    path::PathBuf,
+    path::{Path, PathBuf},
     time::Duration,
 };
 
@@ -202,7 +202,7 @@ fn token(args: &Args) -> Result<Option<Secret>, ConfigError> {
     let text = match (&args.token, &args.token_variable, &args.token_file) {
         (Some(token), _, _) => Zeroizing::new(token.clone()),
         (None, Some(token), _) => Zeroizing::new(token.expose().to_owned()),
-        (None, None, Some(path)) => Zeroizing::new(read(path)?),
+        (None, None, Some(path)) => read(path)?,
         (None, None, None) => return Ok(None),
     };
     let token = text.trim();
@@ -212,9 +212,13 @@ fn token(args: &Args) -> Result<Option<Secret>, ConfigError> {
     Ok(Some(Secret::new(token.to_owned())))
 }
 
-fn read(path: &PathBuf) -> Result<String, ConfigError> {
-    std::fs::read_to_string(path).map_err(|source| ConfigError::Unreadable { path: path.clone(), source })
+fn read(path: &Path) -> Result<Zeroizing<String>, ConfigError> {
+    let unreadable = |source| ConfigError::Unreadable { path: path.to_owned(), source };
+    crate::file::read_text(path, MAX_TOKEN).map_err(unreadable)
 }
+
+/// Most bytes of a file with a token: more than any header has room for.
+const MAX_TOKEN: usize = 8 * 1024;
 
 impl Trust {
     fn try_from_args(args: &Args) -> Result<Self, ConfigError> {

@@ -32,6 +32,12 @@ pub enum InstallError {
         /// The destination.
         dest: PathBuf,
     },
+    /// Something else than a file is there.
+    #[error("cannot install {}: it is a device, a pipe or a socket", dest.display())]
+    Special {
+        /// The destination.
+        dest: PathBuf,
+    },
     /// The agent cannot be read.
     #[error("cannot read the agent's own program")]
     Own(#[from] io::Error),
@@ -50,6 +56,9 @@ pub fn install(dest: &Path) -> Result<(), InstallError> {
     let (Some(dir), Some(name)) = (dest.parent(), dest.file_name()) else {
         return Err(InstallError::NoName { dest });
     };
+    if is_special(&dest) {
+        return Err(InstallError::Special { dest });
+    }
     let own = open_own()?;
     let mut temporary = name.to_owned();
     temporary.push(format!(".{:016x}.new", getrandom::u64().map_err(io::Error::from)?));
@@ -61,6 +70,11 @@ pub fn install(dest: &Path) -> Result<(), InstallError> {
 fn file_in(dest: &Path) -> PathBuf {
     let is_dir = dest.as_os_str().as_bytes().ends_with(b"/") || dest.is_dir();
     if is_dir { dest.join(NAME) } else { dest.to_owned() }
+}
+
+/// Whether there is a device, a pipe or a socket, which nobody means to replace by a program.
+fn is_special(dest: &Path) -> bool {
+    dest.symlink_metadata().is_ok_and(|found| !(found.is_file() || found.is_symlink() || found.is_dir()))
 }
 
 /// The running program, also where no `/proc` is mounted: the kernel says what it was started as (getauxval(3),
@@ -115,5 +129,9 @@ mod tests {
     fn a_destination_without_a_name_is_refused() {
         assert!(matches!(install(Path::new("")), Err(InstallError::NoName { .. })));
         assert!(matches!(install(Path::new("/no/such/..")), Err(InstallError::NoName { .. })));
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("socket");
+        let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        assert!(matches!(install(&socket), Err(InstallError::Special { .. })));
     }
 }

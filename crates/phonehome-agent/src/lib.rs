@@ -9,6 +9,7 @@ mod command;
 pub mod config;
 pub mod console;
 pub mod failure;
+mod file;
 mod gate;
 mod herald;
 pub mod install;

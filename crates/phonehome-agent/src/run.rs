@@ -182,6 +182,7 @@ impl Life<'_> {
             tell_hold(hold);
             self.stay(hold, Duration::ZERO, std::future::pending()).await;
         }
+        command::kill_descendants(); // of probes: there was no command to have any
         delivery.exit_code(code, self.config.require_delivery)
     }
 
@@ -225,7 +226,8 @@ impl Attendance<'_> {
         let code = self.finish(recorder, end, death);
         let outcome = self.delivered(deadline).await;
         if let Some(copier) = copier {
-            self.supervisor.until(None, copier.finish()).await;
+            let until = self.supervisor.copy_until();
+            self.supervisor.until(until, copier.finish()).await;
         }
         self.supervisor.left().await;
         self.hold(code).await;

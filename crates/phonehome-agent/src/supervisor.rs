@@ -36,6 +36,9 @@ const LEFTOVER_PATIENCE: Duration = Duration::from_secs(5);
 /// The same for processes that do not hold it: just long enough to be through with their exit.
 const SETTLE: Duration = Duration::from_millis(100);
 
+/// How long a slow reader of the copy of the output is waited for after the command's end when the agent was told to end.
+const COPY_PATIENCE: Duration = Duration::from_secs(3);
+
 /// How long output is still awaited once everybody was killed.
 const AFTER_KILL: Duration = Duration::from_secs(1);
 
@@ -83,6 +86,8 @@ pub(crate) struct Supervisor {
     told_to_end: bool,
     /// Whether the command was.
     is_stopped: bool,
+    /// When a reader of the copy has had time enough, should the agent be told to end.
+    copy_until: Option<Instant>,
 }
 
 /// What happens next, and when.
@@ -161,6 +166,7 @@ impl Supervisor {
             hurry,
             told_to_end: false,
             is_stopped: false,
+            copy_until: None,
         }
     }
 
@@ -190,14 +196,17 @@ impl Supervisor {
         capture.kept_open = None;
         loop {
             let late = self.is_hurried() || deadline <= Instant::now();
+            let copy_until = self.copy_until();
+            let copied_enough = copy_until.is_some_and(|until| until <= Instant::now());
             capture.waivers.send_replace(Waivers {
                 stalled_copy: true,
-                copy: self.is_hurried(),
+                copy: self.is_hurried() || copied_enough,
                 writers: self.give_up || self.is_hurried(),
                 room: late,
             });
             let hurry = self.hurry.filter(|_| !self.is_hurried());
             let next = if late { hurry } else { soonest(Some(deadline), hurry) };
+            let next = soonest(next, copy_until.filter(|_| !copied_enough));
             tokio::select! {
                 captured = &mut capture.task => {
                     let captured = captured.map_err(io::Error::from)?;
@@ -210,9 +219,19 @@ impl Supervisor {
         }
     }
 
-    /// The same when the output is nobody's business.
+    /// The same when the command writes to the agent's own streams, whose end nobody sees: who holds them open has the same
+    /// time.
     pub(crate) async fn outlived(&mut self) {
         self.outlive();
+        let own = command::own_streams();
+        self.look();
+        while matches!(self.plan, Plan::Settle(_)) && !self.is_hurried() && command::is_held(&own) {
+            let hurry = self.hurry;
+            tokio::select! {
+                () = self.step_with(&own) => {}
+                () = expiry(hurry) => {}
+            }
+        }
         self.settle_quietly().await;
     }
 
@@ -220,6 +239,7 @@ impl Supervisor {
     fn outlive(&mut self) {
         self.patience = None; // there is no command left to end
         let patience = Instant::now() + LEFTOVER_PATIENCE;
+        self.copy_until = Some(Instant::now() + COPY_PATIENCE);
         self.plan = match (self.plan, self.config.leftovers) {
             (Plan::Kill(kill), Leftovers::Terminate | Leftovers::Wait) => Plan::Settle(patience.min(kill)),
             (Plan::Nothing, _) => Plan::Settle(patience), // also when all are waited for: then it is said that they are
@@ -246,6 +266,11 @@ impl Supervisor {
     /// Whether the log ends only when everybody has ended.
     fn waits(&self) -> bool {
         self.config.leftovers == Leftovers::Wait && self.kill_by.is_none()
+    }
+
+    /// How long the copy of the output may still take, once the agent was told to end.
+    pub(crate) fn copy_until(&self) -> Option<Instant> {
+        self.copy_until.filter(|_| self.told_to_end)
     }
 
     /// Waits for `work`, but no longer than until `deadline`, nor when in a hurry.

@@ -101,6 +101,10 @@ impl Address {
         if uri.query().is_some() {
             return Err(bad("it must not have a query"));
         }
+        let port = authority.as_str().rsplit_once(':').map(|(_, port)| port).filter(|port| !port.contains(']'));
+        if port.is_some_and(|port| port.parse::<u16>().map_or(true, |port| port == 0)) {
+            return Err(bad("its port must be a number from 1 to 65535"));
+        }
         let prefix = uri.path().trim_end_matches('/');
         let endpoint = format!("{}://{authority}{prefix}/v1/agent", uri.scheme_str().unwrap_or_default());
         let host = bare_host(&uri);
@@ -143,6 +147,7 @@ mod tests {
         assert!(!why("ws://u:hunter2@h").contains("hunter2"));
         assert!(why("ws://h?x=1").contains("query"));
         assert!(why("ws://").contains("not a URL"));
+        assert!(why("ws://h:70000").contains("port") && why("ws://h:0").contains("port"));
     }
 
     #[test]

@@ -82,7 +82,7 @@ pub struct Args {
     pub tee: Switch,
 
     /// One pipe for both streams: their exact order, but no distinction; all of it is stdout
-    #[arg(long, env = "PHONEHOME_MERGE", value_parser = clap::builder::FalseyValueParser::new(), help_heading = "Output")]
+    #[arg(long, env = "PHONEHOME_MERGE", value_parser = clap::builder::BoolishValueParser::new(), help_heading = "Output")]
     pub merge: bool,
 
     #[command(flatten)]
@@ -145,7 +145,7 @@ pub struct Args {
     pub on_offline: OnOffline,
 
     /// Exit with 125 when the server has not accepted the complete log. Otherwise delivery never changes the exit code
-    #[arg(long, env = "PHONEHOME_REQUIRE_DELIVERY", value_parser = clap::builder::FalseyValueParser::new(), help_heading = "Delivery")]
+    #[arg(long, env = "PHONEHOME_REQUIRE_DELIVERY", value_parser = clap::builder::BoolishValueParser::new(), help_heading = "Delivery")]
     pub require_delivery: bool,
 
     #[command(flatten)]

@@ -4,13 +4,12 @@ use std::{
     collections::BTreeMap,
     ffi::OsString,
     fmt,
-    fs::File,
-    io::Read,
     path::{Path, PathBuf},
 };
 
 use clap::{Arg, ArgAction, Command, error::ErrorKind};
 use serde_json::Value;
+use zeroize::Zeroizing;
 
 /// What the file says, by option, as on a command line.
 pub(super) struct ConfigFile {
@@ -19,7 +18,7 @@ pub(super) struct ConfigFile {
 }
 
 /// Most bytes of such a file: a thousand times what it needs, and little enough for a mistaken path.
-const MAX_SIZE: u64 = 1024 * 1024;
+const MAX_SIZE: usize = 1024 * 1024;
 
 /// Options that only make sense outside of the file.
 const NOT_IN_FILE: [&str; 2] = ["config", "print-config"];
@@ -86,12 +85,9 @@ impl fmt::Debug for ConfigFile {
     }
 }
 
-fn read(path: &Path) -> Result<String, clap::Error> {
+fn read(path: &Path) -> Result<Zeroizing<String>, clap::Error> {
     let failed = |why: String| clap::Error::raw(ErrorKind::Io, format!("cannot read {}: {why}\n", path.display()));
-    let mut text = String::new();
-    let file = File::open(path).map_err(|error| failed(error.to_string()))?;
-    let size = file.take(MAX_SIZE + 1).read_to_string(&mut text).map_err(|error| failed(error.to_string()))?;
-    if size as u64 > MAX_SIZE { Err(failed("it is larger than 1 MiB".into())) } else { Ok(text) }
+    crate::file::read_text(path, MAX_SIZE).map_err(|error| failed(error.to_string()))
 }
 
 /// The value as a command line would have it.

@@ -5,7 +5,7 @@ use std::{
     time::Duration,
 };
 
-use clap::{ValueEnum, builder::FalseyValueParser};
+use clap::{ValueEnum, builder::BoolishValueParser};
 use phonehome_proto::signal;
 use rustix::fs::{Gid, Uid};
 use tracing::warn;
@@ -20,7 +20,7 @@ use super::{
 #[command(next_help_heading = "Supervision")]
 pub struct SupervisionArgs {
     /// Run the command on a terminal: programs show colour and progress. There is one stream then, stdout
-    #[arg(long, env = "PHONEHOME_PTY", value_parser = FalseyValueParser::new())]
+    #[arg(long, env = "PHONEHOME_PTY", value_parser = BoolishValueParser::new())]
     pub pty: bool,
 
     /// Size of that terminal; by default that of the agent's own terminal, else 80x24
@@ -48,7 +48,7 @@ pub struct SupervisionArgs {
     pub user: Option<User>,
 
     /// The command and its descendants can gain no privileges, by set-user-ID programs say
-    #[arg(long, env = "PHONEHOME_NO_NEW_PRIVILEGES", value_parser = FalseyValueParser::new())]
+    #[arg(long, env = "PHONEHOME_NO_NEW_PRIVILEGES", value_parser = BoolishValueParser::new())]
     pub no_new_privileges: bool,
 
     /// Stay this much longer after the end, so that a person can look inside; TERM ends it
@@ -181,9 +181,15 @@ fn user(text: &str) -> Result<User, Unfit> {
     Ok(User { uid, gid: gid.map(|gid| id(gid).ok_or(bad)).transpose()? })
 }
 
+/// KILL and STOP cannot be caught, CHLD is the agent's own (signal(7)).
+const NEVER_CAUGHT: [u8; 3] = [9, 17, 19];
+
 fn rewrite(text: &str) -> Result<(u8, u8), Unfit> {
     let bad = Unfit("not FROM:TO, two signals by name or number, such as TERM:QUIT or 15:3");
     let (from, to) = text.split_once(':').ok_or(bad)?;
+    if signal::parse(from).is_some_and(|from| NEVER_CAUGHT.contains(&from)) {
+        return Err(Unfit("about KILL, STOP or CHLD, which are never passed on"));
+    }
     let to = if to == "0" { 0 } else { signal::parse(to).ok_or(bad)? };
     Ok((signal::parse(from).ok_or(bad)?, to))
 }
@@ -315,7 +321,7 @@ mod tests {
             Rewrites(vec![rewrite("15:3").unwrap(), rewrite("HUP:SIGTERM").unwrap(), rewrite("2:0").unwrap()]);
         assert_eq!([15, 1, 2, 10].map(|signal| rewrites.apply(signal)), [Some(3), Some(15), None, Some(10)]);
         assert_eq!(Rewrites(vec![(1, 2), (1, 3)]).apply(1), Some(3));
-        for wrong in ["15", "15:", ":3", "0:3", "TERM:QUITE", "15:3:4", "65:1"] {
+        for wrong in ["15", "15:", ":3", "0:3", "TERM:QUITE", "15:3:4", "65:1", "9:3", "CHLD:3"] {
             assert!(rewrite(wrong).is_err(), "{wrong}");
         }
     }

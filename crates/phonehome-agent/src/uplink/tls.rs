@@ -1,17 +1,25 @@
 //! Whom to believe at the other end: a pinned key, given roots, or the system's.
 
-use std::{io, path::PathBuf, sync::Arc};
+use std::{
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use phonehome_env::network::Transport;
 use rustls::{
     CertificateError, ClientConfig, DigitallySignedStruct, OtherError, RootCertStore, SignatureScheme,
     client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
     crypto::{CryptoProvider, ring, verify_tls12_signature, verify_tls13_signature},
-    pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime, pem::PemObject},
+    pki_types::{
+        CertificateDer, PrivateKeyDer, ServerName, UnixTime,
+        pem::{self, PemObject},
+    },
     server::ParsedCertificate,
 };
 use sha2::{Digest, Sha256};
 use tokio_rustls::{TlsConnector, client::TlsStream};
+use zeroize::Zeroizing;
 
 use crate::config::Trust;
 
@@ -27,7 +35,7 @@ pub(super) enum TlsError {
     #[error("{} holds no certificate", .0.display())]
     Empty(PathBuf),
     #[error("cannot use {}", .0.display())]
-    File(PathBuf, #[source] rustls::pki_types::pem::Error),
+    File(PathBuf, #[source] pem::Error),
     #[error("the TLS handshake failed")]
     Handshake(#[source] io::Error),
     #[error("{0:?} is not a name a certificate can be for")]
@@ -98,14 +106,23 @@ fn client_config(trust: &Trust) -> Result<ClientConfig, TlsError> {
         let path = path.clone();
         move |error| TlsError::File(path, error)
     };
-    let key = PrivateKeyDer::from_pem_file(key).map_err(file(key))?;
+    let content = pem(key).map_err(file(key))?;
+    let key = PrivateKeyDer::from_pem_slice(&content).map_err(file(key))?;
     builder.with_client_auth_cert(certificates(cert)?, key).map_err(TlsError::Settings)
 }
 
-fn certificates(path: &PathBuf) -> Result<Vec<CertificateDer<'static>>, TlsError> {
-    let file = |error| TlsError::File(path.clone(), error);
-    let all: Vec<_> = CertificateDer::pem_file_iter(path).map_err(file)?.collect::<Result<_, _>>().map_err(file)?;
-    if all.is_empty() { Err(TlsError::Empty(path.clone())) } else { Ok(all) }
+fn pem(path: &Path) -> Result<Zeroizing<Vec<u8>>, pem::Error> {
+    crate::file::read(path, MAX_PEM).map_err(pem::Error::Io)
+}
+
+/// Most bytes of a file with keys or certificates: several times what a system's whole bundle has.
+const MAX_PEM: usize = 4 * 1024 * 1024;
+
+fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+    let file = |error| TlsError::File(path.to_owned(), error);
+    let content = pem(path).map_err(file)?;
+    let all: Vec<_> = CertificateDer::pem_slice_iter(&content).collect::<Result<_, _>>().map_err(file)?;
+    if all.is_empty() { Err(TlsError::Empty(path.to_owned())) } else { Ok(all) }
 }
 
 /// The given file's, else the system's, else, in an image that has none, the ones built in.

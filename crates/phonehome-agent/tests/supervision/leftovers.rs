@@ -90,6 +90,28 @@ fn in_a_hurry_nobody_is_left_behind_who_ignores_term() {
 }
 
 #[test]
+fn who_writes_to_the_agents_own_streams_has_time_to_end() {
+    if !bounded(&["--", "bash", "-c", "exit 0"]).status.success() {
+        return crate::support::skipped("there is no bash");
+    }
+    let script = "exec > >(while read line; do sleep 0.3; echo \"[$line]\"; done); echo 1; echo 2";
+    for options in [&[][..], UNREACHABLE] {
+        let output = bounded(&[options, &["--linger", "0s", "--", "bash", "-c", script]].concat());
+        assert_eq!(stdout(&output), "[1]\n[2]\n", "{options:?} {}", stderr(&output));
+    }
+}
+
+#[test]
+fn a_stopped_one_hears_that_it_is_to_end() {
+    let script = "setsid sleep 1000 >/dev/null 2>&1 & echo $!; kill -STOP $!; exit 3";
+    let begin = Instant::now();
+    let output = bounded(&["--", "sh", "-c", script]);
+    assert!(begin.elapsed() < Duration::from_secs(15), "well before the grace period of 30 s is over");
+    assert_eq!(output.status.code(), Some(3));
+    assert!(is_gone(stdout(&output).trim()));
+}
+
+#[test]
 fn what_is_left_is_read_for_a_while_and_not_touched() {
     let script = "setsid sh -c 'echo $$; exec sleep 1000' & sleep 0.2; echo over";
     let output = bounded(&[UNREACHABLE, &QUICK, &["--leftovers", "leave", "--", "sh", "-c", script]].concat());
