@@ -93,8 +93,8 @@ impl Carver {
         self.unique = self.random();
         let last = self.last_life().await;
         let attempt = last.as_ref().map_or(1, |last| last.attempt.unwrap_or(1).saturating_add(1));
-        if last.is_some_and(|last| last.died.is_some()) {
-            self.orders.mark_changed(); // siblings who come up now must not take the last death for this life's
+        if last.is_some() {
+            self.orders.mark_changed(); // siblings who come up now must not take the last life for this one
         }
         while self.orders.changed().await.is_ok() {
             while !self.carve_newest(attempt).await {

@@ -51,11 +51,12 @@ async fn a_life_is_carved_step_by_step() {
 }
 
 #[tokio::test]
-async fn a_restart_is_the_next_attempt_and_ends_the_last_death() {
+async fn a_restart_is_the_next_attempt_and_ends_the_last_life() {
     let pod = Pod::new();
     for (found, generation, attempt) in [
         ("", None, 1),
         ("Born: 2026-11-21T08:58:44Z\nDied: 2026-11-21T08:58:45Z\nExitCode: 1\n", None, 2), // by kubexit
+        ("Born: 2026-11-21T08:58:44Z\nReady: 2026-11-21T08:58:45Z\nAttempt: 2\n", None, 3), // its agent was killed
         ("Died: 2026-11-21T08:58:45Z\nAttempt: 6\nGeneration: \"7\"\n", Some("7"), 7),
         ("Died: 2026-11-21T08:58:45Z\nAttempt: 6\nGeneration: \"7\"\n", Some("8"), 1),
     ] {
@@ -64,8 +65,9 @@ async fn a_restart_is_the_next_attempt_and_ends_the_last_death() {
         let is_reborn = |stone: &Tombstone| stone.died.is_none();
         let (mut siblings, _news) = pod.open(SiblingsConfig { generation: generation.clone(), ..named("web") });
         if attempt > 1 {
-            let blank = pod.wait_for("web", is_reborn).await;
-            assert_eq!((blank.born, blank.attempt), (None, Some(attempt)), "before its start");
+            let is_next = |stone: &Tombstone| stone.attempt == Some(attempt);
+            let blank = pod.wait_for("web", is_next).await;
+            assert_eq!((blank.born, blank.ready, blank.died), (None, None, None), "before its start");
         }
         siblings.born();
         let born = pod.wait_for("web", |stone| stone.born.is_some() && is_reborn(stone)).await;
