@@ -36,7 +36,7 @@ pub fn run(config: Config, console: &Console, signals: Blocked) -> Result<u8, Fa
     let mut runtime = tokio::runtime::Builder::new_current_thread();
     runtime.enable_io().enable_time().thread_keep_alive(FOR_EVER).on_thread_start(command::block_again);
     let runtime = runtime.build()?;
-    if config.home.is_some() || config.siblings.has_probes() {
+    if config.home.is_some() || config.siblings.needs_a_worker() {
         keep_worker(&runtime)?;
     }
     let termination_log = config.supervision.termination_log.clone();

@@ -143,9 +143,10 @@ const SIGTERM: u8 = 15;
 const GRAVEYARD: &str = "/graveyard";
 
 impl SiblingsConfig {
-    /// Whether something is looked at again and again.
-    pub(crate) fn has_probes(&self) -> bool {
-        !self.wait_for.is_empty() || self.ready_when.is_some()
+    /// Whether there is something to do that waits for a disk or a look-up: tombstones and probes.
+    pub(crate) fn needs_a_worker(&self) -> bool {
+        let has_tombstones = self.name.is_some() || !self.death_deps.is_empty() || !self.birth_deps.is_empty();
+        has_tombstones || !self.wait_for.is_empty() || self.ready_when.is_some()
     }
 
     pub(super) fn try_from_args(args: &SiblingsArgs) -> Result<Self, ConfigError> {

@@ -65,9 +65,12 @@ impl Scribe {
     /// Waits until the newest was tried, for as long as an exit may take.
     pub(crate) async fn finish(&mut self) {
         let number = self.order.borrow().number;
-        if timeout(LAST_WORDS, self.tried.wait_for(|tried| *tried >= number)).await.is_err() {
-            warn!("the graveyard does not answer: the end of this command is not on its tombstone");
-        }
+        let why = match timeout(LAST_WORDS, self.tried.wait_for(|tried| *tried >= number)).await {
+            Ok(Ok(_)) => return,
+            Ok(Err(_)) => "nobody is left who could carve",
+            Err(_) => "the graveyard does not answer",
+        };
+        warn!("{why}: the end of this command is not on its tombstone");
     }
 }
 

@@ -1,6 +1,6 @@
 //! The directory, and how it is named.
 
-use std::{fs, process::Command};
+use std::{fs, os::unix::fs::PermissionsExt, process::Command};
 
 use crate::support::{AGENT, Container, Pod, exists, skipped};
 
@@ -42,6 +42,31 @@ fn one_that_is_full_or_read_only_does_not_harm_the_command_either() {
         assert_eq!((main.code, &*main.stdout), (3, "alive\n"), "{}", main.log);
         assert!(main.log.contains(expected), "{}", main.log);
     }
+}
+
+#[test]
+fn where_the_command_can_have_no_process_the_thread_that_carves_has_one() {
+    let pod = Pod::new();
+    fs::create_dir(pod.graveyard()).unwrap();
+    for path in [pod.path(""), pod.graveyard()] {
+        fs::set_permissions(path, fs::Permissions::from_mode(0o777)).unwrap();
+    }
+    let agent = pod.path("agent");
+    fs::copy(AGENT, &agent).unwrap(); // to where another user can reach it
+    let user = (100_000 + std::process::id()).to_string(); // nobody else's processes count
+    let limited = || {
+        let mut limited = Command::new("setpriv");
+        limited.args(["--reuid", &user, "--regid", &user, "--clear-groups", "prlimit", "--nproc=2"]);
+        limited
+    };
+    if !limited().arg("true").output().is_ok_and(|output| output.status.success()) {
+        return skipped("setpriv and prlimit cannot limit another user");
+    }
+    let mut limited = limited();
+    limited.arg(&agent).args(["--name", "main", "--graveyard"]).arg(pod.graveyard()).args(["--", "echo", "started"]);
+    let main = Container::start(&mut limited).ended();
+    assert_eq!((main.code, &*main.stdout), (126, ""), "{}", main.log);
+    assert_eq!(pod.tombstone("main").value("ExitCode"), Some("126"));
 }
 
 #[test]
