@@ -44,7 +44,7 @@ pub(crate) fn reason(terminated: &Terminated) -> Option<String> {
 
 /// Writes `message` to the file from which an orchestrator reads why a container ended, if there is one: Kubernetes shows
 /// it in the container's status (`terminationMessagePath`).
-pub(crate) fn leave_message(path: &Path, message: &str) {
+pub fn leave_message(path: &Path, message: &str) {
     match write(path, message) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => debug!("there is no {}", path.display()),
         Err(error) => warn!("no reason can be left in {}: {error}", path.display()),

@@ -1,6 +1,6 @@
 //! The agent's own errors, and what each of them makes it exit with.
 
-use std::io;
+use std::{error::Error, io, iter::successors};
 
 use crate::{config::ConfigError, install::InstallError};
 
@@ -60,5 +60,12 @@ impl Failure {
             | Self::Terminal(_)
             | Self::Undelivered { .. } => EXIT_FAILURE,
         }
+    }
+
+    /// In words, with what caused it.
+    #[must_use]
+    pub fn with_causes(&self) -> String {
+        let causes = successors(self.source(), |&cause| cause.source());
+        causes.fold(self.to_string(), |text, cause| format!("{text}: {cause}"))
     }
 }

@@ -29,8 +29,10 @@ mod supervisor;
 mod uplink;
 mod watch;
 
+pub use cause::leave_message;
 pub use command::{Blocked, take_token};
 pub use run::run;
+pub use siblings::carve_failure;
 #[cfg(fuzzing)]
 #[doc(hidden)]
 pub use spool::fuzzing;

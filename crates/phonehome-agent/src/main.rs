@@ -8,7 +8,7 @@ use std::{
 
 use phonehome_agent::{
     Blocked,
-    config::{Args, Config, Given, Level, ProxySettings},
+    config::{Args, Config, Given, Level, ProxySettings, SiblingsConfig},
     console::Console,
     failure::{EXIT_FAILURE, Failure},
     install::install,
@@ -49,7 +49,16 @@ fn run(given: Box<Given>, console: &Console, signals: io::Result<Blocked>) -> Re
     log::init(args.log(), console.clone());
     let print = args.print_config;
     let variable = |name: &str| std::env::var(name).ok();
-    let config = Config::try_from_args(args, &ProxySettings::read(variable), |name| std::env::var_os(name))?;
+    let siblings = SiblingsConfig::unchecked(&args.siblings);
+    let termination_log = args.supervision.termination_log.clone();
+    let config = Config::try_from_args(args, &ProxySettings::read(variable), |name| std::env::var_os(name));
+    let config = config.map_err(Failure::from).inspect_err(|failure| {
+        if !print {
+            let reason = failure.with_causes();
+            phonehome_agent::carve_failure(&siblings, failure.exit_code(), &reason);
+            phonehome_agent::leave_message(&termination_log, &reason);
+        }
+    })?;
     let config = config.identified(variable);
     if print {
         return print_all(&given.to_toml());

@@ -43,6 +43,7 @@ use self::{
     graveyard::{Graveyard, list},
     lookout::{Lookout, View},
     scribe::Scribe,
+    tombstone::Tombstone,
 };
 use crate::{
     config::{SiblingName, SiblingsConfig},
@@ -371,6 +372,20 @@ impl Announcement {
             herald.tell(Event::Ready(Ready { by }));
         }
     }
+}
+
+/// Tells the siblings of a command that will never be started, because the agent cannot even begin its work.
+pub fn carve_failure(config: &SiblingsConfig, code: u8, reason: &str) {
+    let Some(name) = config.name.clone() else { return };
+    let env = Env::real();
+    let stone = Tombstone {
+        died: Some(timestamp(&env)),
+        exit_code: Some(code.into()),
+        reason: Some(reason.to_owned()),
+        generation: config.generation.clone(),
+        ..Tombstone::default()
+    };
+    scribe::carve_at_once(&env, Graveyard::new(config.graveyard.clone()), name, stone);
 }
 
 /// What there is to see of the siblings that matter; nothing when none does.

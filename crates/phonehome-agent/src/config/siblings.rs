@@ -150,7 +150,17 @@ impl SiblingsConfig {
     }
 
     pub(super) fn try_from_args(args: &SiblingsArgs) -> Result<Self, ConfigError> {
-        let config = Self {
+        let config = Self::unchecked(args);
+        match config.own_dependency() {
+            Some((option, name)) => Err(ConfigError::OwnDependency { option, name }),
+            None => Ok(config),
+        }
+    }
+
+    /// What is known of them whatever else is wrong: enough to tell them of it.
+    #[must_use]
+    pub fn unchecked(args: &SiblingsArgs) -> Self {
+        Self {
             name: args.name.clone(),
             graveyard: args.graveyard.clone().unwrap_or_else(|| GRAVEYARD.into()),
             generation: args.generation.clone(),
@@ -161,10 +171,6 @@ impl SiblingsConfig {
             wait_for: List::joined(&args.wait_for),
             birth_timeout: args.birth_timeout.0,
             ready_when: args.ready_when.clone(),
-        };
-        match config.own_dependency() {
-            Some((option, name)) => Err(ConfigError::OwnDependency { option, name }),
-            None => Ok(config),
         }
     }
 

@@ -2,7 +2,11 @@
 //!
 //! What should stand on it is said at once and carved as soon as it can be; only the newest is ever carved.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, mpsc::sync_channel},
+    thread,
+    time::Duration,
+};
 
 use phonehome_env::Env;
 use tokio::{sync::watch, time::timeout};
@@ -93,9 +97,10 @@ pub(crate) struct Carver {
 impl Carver {
     /// Carves until nobody is left who wants something.
     pub(crate) async fn run(mut self) {
-        self.unique = self.random();
-        let last = self.last_life().await;
-        let attempt = last.as_ref().map_or(1, |last| last.attempt.unwrap_or(1).saturating_add(1));
+        self.unique = random(&self.env);
+        let (graveyard, name, generation) = (self.graveyard.clone(), self.name.clone(), self.generation.clone());
+        let last = self.env.blocking(move || last_life(&graveyard, &name, generation.as_deref())).await;
+        let attempt = attempt_after(last.as_ref());
         if last.is_some() {
             self.orders.mark_changed(); // siblings who come up now must not take the last life for this one
         }
@@ -106,22 +111,6 @@ impl Carver {
                 }
             }
         }
-    }
-
-    fn random(&self) -> u64 {
-        let mut random = [0; 8];
-        if let Err(error) = self.env.nature.fill(&mut random) {
-            debug!("drafts of tombstones have names that can be guessed: {error}");
-        }
-        u64::from_le_bytes(random)
-    }
-
-    /// The tombstone of this sibling's last life, which ended when its container was restarted.
-    async fn last_life(&self) -> Option<Tombstone> {
-        let (graveyard, name) = (self.graveyard.clone(), self.name.clone());
-        let Found::Tombstone(last) = self.env.blocking(move || graveyard.find(&name)).await? else { return None };
-        let counts = !is_stale(last.generation.as_deref(), self.generation.as_deref());
-        (counts && last != Tombstone::default()).then_some(last)
     }
 
     /// Whether that worked.
@@ -151,4 +140,42 @@ impl Carver {
         }
         self.trouble = Some(reason);
     }
+}
+
+/// Tells one writer of drafts from another.
+fn random(env: &Env) -> u64 {
+    let mut random = [0; 8];
+    if let Err(error) = env.nature.fill(&mut random) {
+        debug!("drafts of tombstones have names that can be guessed: {error}");
+    }
+    u64::from_le_bytes(random)
+}
+
+/// The tombstone of this sibling's last life, which ended when its container was restarted.
+fn last_life(graveyard: &Graveyard, name: &SiblingName, generation: Option<&str>) -> Option<Tombstone> {
+    let Found::Tombstone(last) = graveyard.find(name)? else { return None };
+    let counts = !is_stale(last.generation.as_deref(), generation);
+    (counts && last != Tombstone::default()).then_some(last)
+}
+
+fn attempt_after(last: Option<&Tombstone>) -> u32 {
+    last.map_or(1, |last| last.attempt.unwrap_or(1).saturating_add(1))
+}
+
+/// Carves a tombstone without a scribe, for an agent that has not come as far as to have one, and waits for that as long
+/// as an exit may take.
+pub(super) fn carve_at_once(env: &Env, graveyard: Graveyard, name: SiblingName, stone: Tombstone) {
+    let unique = random(env);
+    let (done, carved) = sync_channel(1);
+    let carve = move || {
+        let attempt = attempt_after(last_life(&graveyard, &name, stone.generation.as_deref()).as_ref());
+        let stone = Tombstone { attempt: Some(attempt), ..stone };
+        done.send(graveyard.carve(&name, &stone, unique)).unwrap_or_default(); // whoever waited may have given up
+    };
+    let why = match thread::Builder::new().spawn(carve).map(|_| carved.recv_timeout(LAST_WORDS)) {
+        Ok(Ok(Ok(()))) => return,
+        Ok(Ok(Err(error))) | Err(error) => error.to_string(),
+        Ok(Err(_)) => "the graveyard does not answer".into(),
+    };
+    warn!("the end of this command is not on its tombstone: {why}");
 }

@@ -18,6 +18,35 @@ fn a_death_from_before_means_never_started_and_the_tombstone_says_why() {
 }
 
 #[test]
+fn a_main_whose_options_are_wrong_is_a_death_too() {
+    let missing = ["--redact-file", "/no/such/file"];
+    for (options, reason) in [
+        (&missing[..], "cannot read file /no/such/file (--redact-file): No such file or directory (os error 2)"),
+        (&["--death-deps", "main"], "--death-deps names main, which is this container itself (--name)"),
+    ] {
+        let pod = Pod::new();
+        let log = pod.path("termination-log");
+        std::fs::write(&log, "").unwrap();
+        pod.carve("main", &format!("{BORN}Attempt: 2\n"));
+        let proxy = pod.start("proxy", &["--death-deps", "main"], WAIT);
+        pod.carved("proxy", "Born");
+        let options = [&["--termination-log", log.to_str().unwrap()], options].concat();
+        let main = pod.start("main", &options, "echo started").ended();
+        assert_eq!((main.code, &*main.stdout), (125, ""), "{}", main.log);
+        assert_eq!(proxy.ended().code, 143);
+        assert_eq!(pod.tombstone("proxy").value("Reason"), Some("main has died with exit code 125"));
+        let stone = pod.tombstone("main");
+        assert_eq!((stone.value("Reason"), stone.value("Attempt")), (Some(reason), Some("3")));
+        assert_eq!((stone.value("Born"), stone.value("ExitCode")), (None, Some("125")));
+        assert_eq!(std::fs::read_to_string(log).unwrap(), reason);
+    }
+    let pod = Pod::new();
+    let shown = pod.start("main", &[&missing[..], &["--print-config"]].concat(), "echo started").ended();
+    assert_eq!(shown.code, 125);
+    assert!(!crate::support::exists(pod.graveyard()), "who only looks does not die");
+}
+
+#[test]
 fn a_death_during_the_wait_for_a_birth_ends_the_wait() {
     let pod = Pod::new();
     let options = ["--death-deps", "main", "--birth-deps", "db", "--birth-timeout", "off"];
