@@ -289,13 +289,14 @@ impl Siblings {
         if let Some(scribe) = &self.scribe {
             scribe.carve(|stone| stone.born = Some(now));
         }
-        if let Some(readiness) = self.readiness.take() {
+        if let Some(mut readiness) = self.readiness.take() {
             let news = Announcement { scribe: self.scribe.clone(), herald: self.herald.clone(), env: self.env.clone() };
             let by = self.config.ready_when.as_ref().map(ToString::to_string).unwrap_or_default();
             let runner = self.runner.clone();
             self.questions.spawn(async move {
                 if readiness.reached(runner).await {
                     news.ready(by);
+                    readiness.outlive().await;
                 }
             });
         }
@@ -336,7 +337,7 @@ impl Siblings {
 
 impl Readiness {
     /// Completes when it is; false when that can never be known.
-    async fn reached(self, runner: SharedRunner) -> bool {
+    async fn reached(&mut self, runner: SharedRunner) -> bool {
         match self {
             Self::Probe(probe) => {
                 probe.pass(&*runner, drop).await;
@@ -350,6 +351,14 @@ impl Readiness {
                     false
                 }
             },
+        }
+    }
+
+    /// What is left to do for a command that is ready.
+    async fn outlive(self) {
+        match self {
+            Self::Probe(_) | Self::Output(_) => {}
+            Self::Notify(socket) => socket.drain().await,
         }
     }
 }

@@ -8,6 +8,7 @@ use std::{
 
 use phonehome_env::Nature;
 use tokio::net::UnixDatagram;
+use tracing::debug;
 
 /// A datagram socket in the abstract namespace: it needs no directory that both may write to, and leaves nothing behind.
 /// The command has to share the network namespace.
@@ -46,6 +47,17 @@ impl NotifySocket {
             let length = self.socket.recv(&mut message).await?;
             if is_ready(&message[..length]) {
                 return Ok(());
+            }
+        }
+    }
+
+    /// Takes what else is said, and heeds none of it: a command that finds its socket gone may take that for an error.
+    /// Ends only when it cannot be read.
+    pub(crate) async fn drain(self) {
+        let mut start = [0; 1]; // the rest of a message is dropped (recv(2))
+        loop {
+            if let Err(error) = self.socket.recv(&mut start).await {
+                return debug!("the socket for --ready-when notify is closed: {error}");
             }
         }
     }

@@ -217,6 +217,34 @@ async fn two_agents_find_each_other() {
     assert_eq!(timeout(PATIENCE, proxy.deaths().next()).await.unwrap().to_string(), "main has died with exit code 7");
 }
 
+#[tokio::test]
+async fn a_command_that_is_ready_may_go_on_telling() {
+    let pod = Pod::new();
+    let ready_when = Some("notify".parse().unwrap());
+    let (mut siblings, _news) = pod.open(SiblingsConfig { ready_when, ..named("web") });
+    siblings.born();
+    notify(&siblings);
+    pod.wait_for("web", |stone| stone.ready.is_some()).await;
+    let command = notifier(&siblings);
+    command.set_nonblocking(true).unwrap();
+    let told = async {
+        for _ in 0..1000 {
+            while let Err(error) = command.send(b"WATCHDOG=1") {
+                assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock, "{error}");
+                tokio::task::yield_now().await; // more than a socket holds: somebody has to read
+            }
+        }
+    };
+    timeout(PATIENCE, told).await.unwrap();
+    siblings.died(&End::Exited(0), None).await;
+    let refused = async {
+        while command.send(b"STOPPING=1").is_ok() {
+            tokio::task::yield_now().await;
+        }
+    };
+    timeout(PATIENCE, refused).await.unwrap();
+}
+
 #[tokio::test(start_paused = true)]
 async fn an_unwritable_graveyard_is_told_once_and_used_when_it_comes_back() {
     let dir = tempfile::tempdir().unwrap();
@@ -393,13 +421,20 @@ fn runner() -> SharedRunner {
 
 /// Says `READY=1` as the command would.
 fn notify(siblings: &Siblings) {
+    notifier(siblings).send(b"READY=1").unwrap();
+}
+
+/// What the command says it with.
+fn notifier(siblings: &Siblings) -> std::os::unix::net::UnixDatagram {
     use std::os::{linux::net::SocketAddrExt, unix::net};
 
     let (name, value) = siblings.variables().next().unwrap();
     assert_eq!(name, "NOTIFY_SOCKET");
     let value = value.into_string().unwrap();
     let address = net::SocketAddr::from_abstract_name(value.strip_prefix('@').unwrap()).unwrap();
-    net::UnixDatagram::unbound().unwrap().send_to_addr(b"READY=1", &address).unwrap();
+    let socket = net::UnixDatagram::unbound().unwrap();
+    socket.connect_addr(&address).unwrap();
+    socket
 }
 
 async fn next(news: &mut mpsc::Receiver<News>) -> Event {
