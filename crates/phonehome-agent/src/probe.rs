@@ -11,6 +11,7 @@
 
 pub(crate) mod exec;
 mod http;
+mod lookup;
 pub(crate) mod notify;
 pub(crate) mod output;
 
@@ -30,7 +31,7 @@ use tokio::{
 };
 use tracing::trace;
 
-use self::{exec::Runner, http::Get};
+use self::{exec::Runner, http::Get, lookup::Lookup};
 
 /// A question about the machine or its network.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -99,7 +100,8 @@ impl Probe {
     /// Asks until the answer is yes. `failed` is told why it is no. Cancel safe.
     pub(crate) async fn pass(&self, runner: &dyn Runner, mut failed: impl FnMut(String)) {
         let mut pause = FIRST_PAUSE;
-        while let Err(error) = self.attempt(runner).await {
+        let mut lookup = Lookup::default();
+        while let Err(error) = self.attempt(runner, &mut lookup).await {
             trace!(probe = %self, "failed: {error}");
             failed(error.to_string());
             sleep(pause).await;
@@ -107,10 +109,10 @@ impl Probe {
         }
     }
 
-    async fn attempt(&self, runner: &dyn Runner) -> io::Result<()> {
+    async fn attempt(&self, runner: &dyn Runner, lookup: &mut Lookup) -> io::Result<()> {
         match &self.kind {
-            Kind::Tcp(endpoint) => limited(endpoint.connect()).await.map(drop),
-            Kind::Http(get) => limited(get.attempt()).await,
+            Kind::Tcp(endpoint) => limited(endpoint.connect(lookup)).await.map(drop),
+            Kind::Http(get) => limited(get.attempt(lookup)).await,
             Kind::Unix(path) => limited(UnixStream::connect(path)).await.map(drop),
             // A hung file system holds a thread: another attempt would only hold another.
             Kind::File(path) => tokio::fs::metadata(path).await.map(drop),
@@ -153,9 +155,9 @@ impl Endpoint {
         (is_fine && !bare.is_empty()).then_some(Self { host, port })
     }
 
-    async fn connect(&self) -> io::Result<TcpStream> {
+    async fn connect(&self, lookup: &mut Lookup) -> io::Result<TcpStream> {
         match &self.host {
-            Some(host) => TcpStream::connect((host.as_str(), self.port)).await,
+            Some(host) => TcpStream::connect(&lookup.addresses(host, self.port).await?[..]).await,
             None => TcpStream::connect(&LOCALHOST.map(|address| (address, self.port).into())[..]).await,
         }
     }
@@ -356,9 +358,10 @@ mod tests {
     async fn exec_passes_with_exit_code_0_and_gets_its_words() {
         let runner = FakeRunner::default();
         let probe: Probe = "exec:pg_isready -h 'a b' \"c\"".parse().unwrap();
-        assert_eq!(probe.attempt(&runner).await.unwrap_err().to_string(), "exit code 2");
-        probe.attempt(&runner).await.unwrap_err();
-        probe.attempt(&runner).await.unwrap();
+        let mut lookup = Lookup::default();
+        assert_eq!(probe.attempt(&runner, &mut lookup).await.unwrap_err().to_string(), "exit code 2");
+        probe.attempt(&runner, &mut lookup).await.unwrap_err();
+        probe.attempt(&runner, &mut lookup).await.unwrap();
         assert_eq!(runner.0.lock().unwrap()[0], ["pg_isready", "-h", "a b", "c"]);
     }
 
@@ -371,7 +374,7 @@ mod tests {
     }
 
     async fn check(probe: &str) -> io::Result<()> {
-        probe.parse::<Probe>().unwrap().attempt(&FakeRunner::default()).await
+        probe.parse::<Probe>().unwrap().attempt(&FakeRunner::default(), &mut Lookup::default()).await
     }
 
     /// Fails twice.

@@ -5,7 +5,7 @@ use std::io;
 use http::Uri;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-use super::{Endpoint, ProbeError};
+use super::{Endpoint, ProbeError, lookup::Lookup};
 
 /// What to get, from where.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -47,8 +47,8 @@ impl Get {
         Some(Self { endpoint, request })
     }
 
-    pub(super) async fn attempt(&self) -> io::Result<()> {
-        let mut stream = self.endpoint.connect().await?;
+    pub(super) async fn attempt(&self, lookup: &mut Lookup) -> io::Result<()> {
+        let mut stream = self.endpoint.connect(lookup).await?;
         stream.write_all(self.request.as_bytes()).await?;
         let mut answer = Vec::new();
         let mut limited = stream.take(MAX_STATUS_LINE as u64);
