@@ -141,7 +141,10 @@ impl Config {
             start: args.start,
             spool,
             require_delivery: args.require_delivery,
-            siblings: SiblingsConfig::try_from_args(&args.siblings)?,
+            siblings: SiblingsConfig {
+                probe_user: args.supervision.user,
+                ..SiblingsConfig::try_from_args(&args.siblings)?
+            },
             command: args.command.clone(),
             home,
         })

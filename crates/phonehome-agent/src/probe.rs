@@ -32,6 +32,7 @@ use tokio::{
 use tracing::trace;
 
 use self::{exec::Runner, http::Get, lookup::Lookup};
+use crate::config::User;
 
 /// A question about the machine or its network.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -97,11 +98,11 @@ const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
 impl Probe {
-    /// Asks until the answer is yes. `failed` is told why it is no. Cancel safe.
-    pub(crate) async fn pass(&self, runner: &dyn Runner, mut failed: impl FnMut(String)) {
+    /// Asks until the answer is yes. A command runs as `user`, if there is one. `failed` is told why it is no. Cancel safe.
+    pub(crate) async fn pass(&self, runner: &dyn Runner, user: Option<User>, mut failed: impl FnMut(String)) {
         let mut pause = FIRST_PAUSE;
         let mut lookup = Lookup::default();
-        while let Err(error) = self.attempt(runner, &mut lookup).await {
+        while let Err(error) = self.attempt(runner, user, &mut lookup).await {
             trace!(probe = %self, "failed: {error}");
             failed(error.to_string());
             sleep(pause).await;
@@ -109,7 +110,7 @@ impl Probe {
         }
     }
 
-    async fn attempt(&self, runner: &dyn Runner, lookup: &mut Lookup) -> io::Result<()> {
+    async fn attempt(&self, runner: &dyn Runner, user: Option<User>, lookup: &mut Lookup) -> io::Result<()> {
         match &self.kind {
             Kind::Tcp(endpoint) => limited(endpoint.connect(lookup)).await.map(drop),
             Kind::Http(get) => limited(get.attempt(lookup)).await,
@@ -117,7 +118,7 @@ impl Probe {
             // A hung file system holds a thread: another attempt would only hold another.
             Kind::File(path) => tokio::fs::metadata(path).await.map(drop),
             Kind::Content(path) => has_content(&tokio::fs::metadata(path).await?),
-            Kind::Exec(command) => succeeded(limited(runner.run(command)).await?),
+            Kind::Exec(command) => succeeded(limited(runner.run(command, user)).await?),
         }
     }
 }
@@ -359,9 +360,9 @@ mod tests {
         let runner = FakeRunner::default();
         let probe: Probe = "exec:pg_isready -h 'a b' \"c\"".parse().unwrap();
         let mut lookup = Lookup::default();
-        assert_eq!(probe.attempt(&runner, &mut lookup).await.unwrap_err().to_string(), "exit code 2");
-        probe.attempt(&runner, &mut lookup).await.unwrap_err();
-        probe.attempt(&runner, &mut lookup).await.unwrap();
+        assert_eq!(probe.attempt(&runner, None, &mut lookup).await.unwrap_err().to_string(), "exit code 2");
+        probe.attempt(&runner, None, &mut lookup).await.unwrap_err();
+        probe.attempt(&runner, None, &mut lookup).await.unwrap();
         assert_eq!(runner.0.lock().unwrap()[0], ["pg_isready", "-h", "a b", "c"]);
     }
 
@@ -369,12 +370,12 @@ mod tests {
     async fn it_asks_again_and_tells_why_not() {
         let mut reasons = Vec::new();
         let probe: Probe = "exec:x".parse().unwrap();
-        probe.pass(&FakeRunner::default(), |why| reasons.push(why)).await;
+        probe.pass(&FakeRunner::default(), None, |why| reasons.push(why)).await;
         assert_eq!(reasons, ["exit code 2", "exit code 1"]);
     }
 
     async fn check(probe: &str) -> io::Result<()> {
-        probe.parse::<Probe>().unwrap().attempt(&FakeRunner::default(), &mut Lookup::default()).await
+        probe.parse::<Probe>().unwrap().attempt(&FakeRunner::default(), None, &mut Lookup::default()).await
     }
 
     /// Fails twice.
@@ -382,7 +383,7 @@ mod tests {
     struct FakeRunner(Mutex<Vec<Vec<OsString>>>);
 
     impl Runner for FakeRunner {
-        fn run(&self, command: &[OsString]) -> exec::Running {
+        fn run(&self, command: &[OsString], _: Option<User>) -> exec::Running {
             let mut runs = self.0.lock().unwrap();
             runs.push(command.to_vec());
             let code = 3u8.saturating_sub(runs.len() as u8);

@@ -46,7 +46,7 @@ use self::{
     tombstone::Tombstone,
 };
 use crate::{
-    config::{SiblingName, SiblingsConfig},
+    config::{SiblingName, SiblingsConfig, User},
     failure::{EXIT_FAILURE, EXIT_TERMINATED},
     herald::Herald,
     outbox::expiry,
@@ -292,9 +292,9 @@ impl Siblings {
         if let Some(mut readiness) = self.readiness.take() {
             let news = Announcement { scribe: self.scribe.clone(), herald: self.herald.clone(), env: self.env.clone() };
             let by = self.config.ready_when.as_ref().map(ToString::to_string).unwrap_or_default();
-            let runner = self.runner.clone();
+            let (runner, user) = (self.runner.clone(), self.config.probe_user);
             self.questions.spawn(async move {
-                if readiness.reached(runner).await {
+                if readiness.reached(runner, user).await {
                     news.ready(by);
                     readiness.outlive().await;
                 }
@@ -337,10 +337,10 @@ impl Siblings {
 
 impl Readiness {
     /// Completes when it is; false when that can never be known.
-    async fn reached(&mut self, runner: SharedRunner) -> bool {
+    async fn reached(&mut self, runner: SharedRunner, user: Option<User>) -> bool {
         match self {
             Self::Probe(probe) => {
-                probe.pass(&*runner, drop).await;
+                probe.pass(&*runner, user, drop).await;
                 true
             }
             Self::Output(matched) => matched.await.is_ok(),
@@ -423,6 +423,7 @@ fn probe_all(
     questions: &mut JoinSet<()>,
 ) -> watch::Receiver<Vec<Probing>> {
     let (probing, probes) = watch::channel(vec![Probing::Untried; config.wait_for.len()]);
+    let user = config.probe_user;
     for (at, wait) in config.wait_for.iter().enumerate() {
         let (probe, runner, probing) = (wait.probe.clone(), runner.clone(), probing.clone());
         questions.spawn(async move {
@@ -433,7 +434,7 @@ fn probe_all(
                     is_new
                 });
             };
-            probe.pass(&*runner, |why| tell(Probing::Failing(why))).await;
+            probe.pass(&*runner, user, |why| tell(Probing::Failing(why))).await;
             tell(Probing::Passed);
         });
     }

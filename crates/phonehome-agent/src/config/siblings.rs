@@ -7,7 +7,7 @@ pub use phonehome_proto::id::StepName as SiblingName;
 use phonehome_proto::{id::NameError, signal};
 
 use super::{
-    ConfigError,
+    ConfigError, User,
     args::{Limit, Unfit, limit, parsed},
 };
 pub use crate::{
@@ -134,6 +134,8 @@ pub struct SiblingsConfig {
     pub birth_timeout: Option<Duration>,
     /// What shows that it is ready.
     pub ready_when: Option<ReadyWhen>,
+    /// Whom probes that are commands run as, where not as the agent: as the command.
+    pub probe_user: Option<User>,
 }
 
 /// What ends a command in an orderly way (signal(7)).
@@ -171,6 +173,7 @@ impl SiblingsConfig {
             wait_for: List::joined(&args.wait_for),
             birth_timeout: args.birth_timeout.0,
             ready_when: args.ready_when.clone(),
+            probe_user: None,
         }
     }
 

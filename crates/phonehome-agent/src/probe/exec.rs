@@ -7,6 +7,7 @@ use std::{
     ffi::OsString,
     fmt, io,
     os::unix::process::CommandExt,
+    path::Path,
     pin::Pin,
     process::{Command, Stdio},
 };
@@ -15,12 +16,16 @@ use rustix::process::{Pid, Signal, WaitStatus, kill_process_group};
 use tokio::sync::watch;
 use tracing::debug;
 
-use crate::command::{Reaper, unblock_signals};
+use crate::{
+    command::{Reaper, unblock_signals},
+    config::User,
+};
 
 /// Runs commands. A run that is dropped is killed.
 pub(crate) trait Runner: fmt::Debug + Send + Sync {
-    /// Program and arguments, at least one; the exit code, 128 more than the number of a signal.
-    fn run(&self, command: &[OsString]) -> Running;
+    /// Program and arguments, at least one, and whom they run as, if not as the agent; the exit code, 128 more than the
+    /// number of a signal.
+    fn run(&self, command: &[OsString], user: Option<User>) -> Running;
 }
 
 /// A command that runs.
@@ -32,11 +37,14 @@ pub(crate) struct Children(pub(crate) Reaper);
 
 impl Children {
     /// Starts one in a process group of its own.
-    fn spawn(&self, command: &[OsString]) -> io::Result<Child> {
+    fn spawn(&self, command: &[OsString], user: Option<User>) -> io::Result<Child> {
         let (program, arguments) = command.split_first().ok_or(io::ErrorKind::InvalidInput)?;
         let mut process = Command::new(program);
         process.args(arguments).process_group(0);
         process.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        if let Some(user) = user {
+            process.uid(user.uid).gid(user.group(Path::new("/etc/passwd")));
+        }
         unblock_signals(&mut process);
         let child = process.spawn()?;
         let leader = Pid::from_raw(child.id().cast_signed()).expect("a child's process id is positive");
@@ -45,8 +53,8 @@ impl Children {
 }
 
 impl Runner for Children {
-    fn run(&self, command: &[OsString]) -> Running {
-        let spawned = self.spawn(command);
+    fn run(&self, command: &[OsString], user: Option<User>) -> Running {
+        let spawned = self.spawn(command, user);
         Box::pin(async move { spawned?.code().await })
     }
 }
@@ -91,7 +99,7 @@ mod tests {
     async fn an_exit_code_comes_by_way_of_the_reaper() {
         for (script, expected) in [("exit 3", 3), ("kill -TERM $$", 143)] {
             let children = Children(Reaper::default());
-            let child = children.spawn(&["/bin/sh", "-c", script].map(OsString::from)).unwrap();
+            let child = children.spawn(&["/bin/sh", "-c", script].map(OsString::from), None).unwrap();
             let leader = child.leader;
             let code = tokio::spawn(child.code());
             children.0.reap_one(leader);
@@ -102,7 +110,7 @@ mod tests {
     #[tokio::test]
     async fn one_that_is_given_up_is_killed_with_all_that_it_started() {
         let children = Children(Reaper::default());
-        let child = children.spawn(&["/bin/sh", "-c", "sleep 1000 & wait"].map(OsString::from)).unwrap();
+        let child = children.spawn(&["/bin/sh", "-c", "sleep 1000 & wait"].map(OsString::from), None).unwrap();
         let leader = child.leader;
         drop(child);
         assert_eq!(children.0.reap_one(leader).terminating_signal(), Some(Signal::KILL.as_raw()));
@@ -111,8 +119,8 @@ mod tests {
     #[tokio::test]
     async fn one_that_cannot_be_started_is_an_error() {
         let children = Children(Reaper::default());
-        let error = children.run(&["/nowhere/at all".into()]).await.unwrap_err();
+        let error = children.run(&["/nowhere/at all".into()], None).await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::NotFound);
-        assert!(children.run(&[]).await.is_err());
+        assert!(children.run(&[], None).await.is_err());
     }
 }

@@ -404,6 +404,7 @@ fn nothing() -> SiblingsConfig {
         wait_for: Vec::new(),
         birth_timeout: Some(Duration::from_secs(30)),
         ready_when: None,
+        probe_user: None,
     }
 }
 

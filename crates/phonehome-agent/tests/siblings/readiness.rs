@@ -4,7 +4,7 @@ use std::{fs, net::TcpListener, os::unix::net::UnixListener};
 
 use rustix::process::Signal;
 
-use crate::support::{Pod, own_address, python};
+use crate::support::{Pod, own_address, python, skipped};
 
 #[test]
 fn a_line_of_the_output_in_either_stream() {
@@ -63,6 +63,21 @@ http.server.ThreadingHTTPServer((sys.argv[1], int(sys.argv[2])), Handler).serve_
     let address = own_address();
     let script = format!("{server} {} {} 2>server.log", address.ip(), address.port());
     becomes_ready(&pod, &format!("http://{address}/health"), &script, |_| fs::write(pod.path("page"), "").unwrap());
+}
+
+#[test]
+fn a_probe_that_is_a_command_runs_as_the_commands_user() {
+    if !rustix::process::geteuid().is_root() {
+        return skipped("only root can run a command as another user");
+    }
+    let pod = Pod::new();
+    let probe = "exec:sh -c 'test $(id -u):$(id -g):$(id -G) = 12345:54321:54321'";
+    let wait = format!("identity={probe}");
+    let options = ["--user", "12345:54321", "--ready-when", probe, "--wait-for", &wait, "--birth-timeout", "10s"];
+    let main = pod.start("main", &options, "exec sleep 1000");
+    pod.carved("main", "Ready");
+    main.signal(Signal::TERM);
+    assert_eq!(main.ended().code, 143);
 }
 
 /// As a program of systemd's does.
