@@ -1,7 +1,6 @@
 //! How a command ended, in words.
 
 use std::{
-    borrow::Cow,
     fs::OpenOptions,
     io::{self, Write},
     os::unix::fs::OpenOptionsExt,
@@ -9,6 +8,7 @@ use std::{
     time::Duration,
 };
 
+pub(crate) use phonehome_proto::text::shortened;
 use phonehome_proto::{event::Terminated, frame::End, signal};
 use rustix::fs::OFlags;
 use tracing::{debug, warn};
@@ -61,17 +61,6 @@ fn write(path: &Path, message: &str) -> io::Result<()> {
 
 /// Kubernetes reads no more, bytes.
 const MAX_MESSAGE: usize = 4096;
-
-/// At most `limit` bytes of `text`, and a sign that there was more.
-pub(crate) fn shortened(text: &str, limit: usize) -> Cow<'_, str> {
-    const MORE: char = '…';
-    if text.len() <= limit {
-        return text.into();
-    }
-    let most = limit.saturating_sub(MORE.len_utf8());
-    let start = (0..=most).rev().find_map(|end| text.get(..end)).unwrap_or_default();
-    format!("{start}{MORE}").into()
-}
 
 #[cfg(test)]
 mod tests {

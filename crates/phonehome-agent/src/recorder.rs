@@ -133,7 +133,7 @@ impl Recorder {
         tokio::select! {
             biased; // what happened first is recorded first
             () = self.outbox.room(), if !is_idle => self.drain(),
-            Some(news) = self.news.recv() => self.event(news.time, &news.event),
+            Some(news) = self.news.recv() => self.event(news.time, news.event),
         }
     }
 
@@ -176,13 +176,15 @@ impl Recorder {
         payload
     }
 
-    fn event(&mut self, time: UnixMicros, event: &Event) {
-        let payload = self.redactor.as_ref().map_or_else(|| event.payload(), |redactor| redactor.mask_event(event));
-        self.push(Stream::Event, time, with_headroom(&payload));
+    fn event(&mut self, time: UnixMicros, mut event: Event) {
+        if let Some(redactor) = &self.redactor {
+            redactor.mask_event(&mut event); // before it is cut: half a secret is not found
+        }
+        self.push(Stream::Event, time, with_headroom(&event.fitted().payload()));
     }
 
     pub(crate) fn took_over(&mut self, records: u64, finished: bool) {
-        self.event(self.env.nature.now(), &Event::TookOver(TookOver { records, finished }));
+        self.event(self.env.nature.now(), Event::TookOver(TookOver { records, finished }));
     }
 
     fn push(&mut self, stream: Stream, time: UnixMicros, block: BytesMut) -> Bytes {
@@ -203,7 +205,7 @@ impl Recorder {
     fn record_oldest(&mut self) {
         for (stream, bytes) in self.ring.take_dropped() {
             let cause = self.cause.name().to_owned();
-            self.event(self.env.nature.now(), &Event::Gap(Gap { stream, bytes, cause }));
+            self.event(self.env.nature.now(), Event::Gap(Gap { stream, bytes, cause }));
         }
         if let Some((stream, time, payload)) = self.ring.pop() {
             self.push(stream, time, with_headroom(&payload));
@@ -211,18 +213,21 @@ impl Recorder {
     }
 
     /// Ends the log. What the ring holds is recorded, beyond the limit if need be: it is in memory in any case.
-    pub fn finish(mut self, end: End, usage: Option<Usage>) {
+    pub fn finish(mut self, mut end: End, usage: Option<Usage>) {
         while !self.ring.is_empty() {
             self.record_oldest();
         }
         while let Ok(news) = self.news.try_recv() {
-            self.event(news.time, &news.event);
+            self.event(news.time, news.event);
+        }
+        if let (Some(redactor), End::NotStarted { reason, .. }) = (&self.redactor, &mut end) {
+            redactor.mask_in_place(reason);
         }
         self.outbox.finish(Finished {
             next: self.tally.next(),
             counts: self.tally.counts(),
             digest: self.tally.digest(),
-            end,
+            end: end.fitted(),
             time: self.env.nature.now(),
             usage,
         });
@@ -285,8 +290,9 @@ fn cost(payload: &Bytes) -> u64 {
 #[cfg(test)]
 mod tests {
     use phonehome_proto::{
+        event::{Cancelled, Waiting},
         frame::{Ack, Durable, Record, ServerFrame, Welcome},
-        limits::{MAX_PAYLOAD, MAX_WINDOW},
+        limits::{MAX_PAYLOAD, MAX_TEXT, MAX_WINDOW},
     };
     use tokio::time::{advance, timeout};
 
@@ -364,6 +370,29 @@ mod tests {
         recorder.attend().await;
         let rest: Vec<_> = records(&outbox).iter().map(|record| (record.seq, record.stream)).collect();
         assert_eq!(rest, [(1, Stream::Event), (2, Stream::Stdout)]);
+    }
+
+    #[tokio::test]
+    async fn whatever_is_told_fits_a_record_and_no_secret_is_cut_in_two() {
+        let outbox = Arc::new(Outbox::new(8 * BLOCK));
+        let mut recorder = recorder(&outbox, Overflow::Block, BLOCK);
+        recorder.redact(Redactor::new([b"hunter22".to_vec().into()]).unwrap().unwrap());
+        let endless = format!("{}hunter22{}", "x".repeat(MAX_TEXT - 9), "\u{1}".repeat(100_000));
+        recorder.herald().tell(Event::Cancelled(Cancelled { reason: endless.clone() }));
+        recorder.attend().await;
+        recorder.herald().tell(Event::Waiting(Waiting { r#for: vec![endless.clone(); 40] }));
+        recorder.finish(End::NotStarted { code: 143, reason: endless }, None);
+        let records = records(&outbox);
+        assert_eq!(records.len(), 2);
+        for record in records {
+            assert!(!String::from_utf8_lossy(&record.payload).contains("hunte"));
+            assert!(Event::parse(&record.payload).is_some());
+        }
+        let Some(End::NotStarted { reason, .. }) = outbox.look(|sender| sender.finished().cloned()).map(|end| end.end)
+        else {
+            panic!("it is another end now")
+        };
+        assert!((MAX_TEXT - 3..=MAX_TEXT).contains(&reason.len()) && !reason.contains("hunte"), "{reason}");
     }
 
     const BLOCK: u64 = MAX_PAYLOAD as u64 + RECORD_COST;

@@ -108,21 +108,20 @@ impl Redactor {
         match value {
             Value::Array(items) => items.iter_mut().for_each(|item| self.mask_value(item)),
             Value::Object(members) => members.values_mut().for_each(|member| self.mask_value(member)),
-            Value::String(text) => {
-                if let Cow::Owned(masked) = self.mask_text(text) {
-                    *text = masked;
-                }
-            }
+            Value::String(text) => self.mask_in_place(text),
             Value::Bool(_) | Value::Null | Value::Number(_) => {}
         }
     }
 
-    /// What an event says, without secrets. It stays an event of the same kind: only texts are masked.
-    pub(crate) fn mask_event(&self, event: &Event) -> Vec<u8> {
-        let payload = event.payload();
-        let Ok(Value::Object(mut members)) = serde_json::from_slice(&payload) else { return payload };
-        members.iter_mut().filter(|(name, _)| *name != "event").for_each(|(_, value)| self.mask_value(value));
-        Value::Object(members).to_string().into_bytes()
+    /// Masks what an event says. It stays an event of the same kind: only texts are masked.
+    pub(crate) fn mask_event(&self, event: &mut Event) {
+        event.edit_texts(|text| self.mask_in_place(text));
+    }
+
+    pub(crate) fn mask_in_place(&self, text: &mut String) {
+        if let Cow::Owned(masked) = self.mask_text(text) {
+            *text = masked;
+        }
     }
 }
 

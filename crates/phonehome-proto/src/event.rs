@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::frame::Stream;
+use crate::{frame::Stream, limits::MAX_PAYLOAD, text::shorten};
 
 /// A fact about the build that is not its output. Events unknown here are stored and shown as they are.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -185,6 +185,82 @@ impl Event {
     pub fn payload(&self) -> Vec<u8> {
         serde_json::to_vec(self).expect("plain members always serialise")
     }
+
+    /// The same event with a payload that fits a record, whatever its members hold.
+    ///
+    /// Texts are shortened to [`MAX_TEXT`](crate::limits::MAX_TEXT) and lists to what fits beside them. Labels stay whole,
+    /// as those of a hello do; should they not fit, an error takes their place.
+    #[must_use]
+    pub fn fitted(mut self) -> Self {
+        if !matches!(self, Self::Labels(_)) {
+            self.edit_texts(shorten);
+        }
+        match &mut self {
+            Self::Waiting(Waiting { r#for }) => match cut(r#for, MAX_LIST) {
+                0 => {}
+                more => r#for.push(format!("{more} more")),
+            },
+            Self::Error(Fault { trace, .. }) => {
+                trace.reverse(); // the newest lines say most
+                cut(trace, MAX_LIST);
+                trace.reverse();
+            }
+            Self::Leftovers(Leftovers { processes, .. }) => drop(cut(processes, MAX_LIST)), // the total is in it
+            Self::Gap(_)
+            | Self::TookOver(_)
+            | Self::Born(_)
+            | Self::Ready(_)
+            | Self::Stopping(_)
+            | Self::Cancelled(_)
+            | Self::Terminated(_)
+            | Self::Redaction(_)
+            | Self::Labels(_) => {}
+        }
+        match self.payload().len() {
+            ..=MAX_PAYLOAD => self,
+            len => {
+                let reason = format!("an event of {len} bytes is left out of the log: it does not fit a record");
+                Self::Error(Fault { reason, trace: Vec::new() })
+            }
+        }
+    }
+
+    /// Lets every text be changed that says something: the values of labels, but not their keys.
+    pub fn edit_texts(&mut self, mut edit: impl FnMut(&mut String)) {
+        match self {
+            Self::Gap(Gap { cause: text, .. })
+            | Self::Born(Born { program: text, .. })
+            | Self::Ready(Ready { by: text })
+            | Self::Cancelled(Cancelled { reason: text }) => edit(text),
+            Self::TookOver(TookOver { .. }) | Self::Redaction(Redaction { .. }) => {}
+            Self::Waiting(Waiting { r#for }) => r#for.iter_mut().for_each(edit),
+            Self::Error(Fault { reason, trace }) => std::iter::once(reason).chain(trace).for_each(edit),
+            Self::Stopping(Stopping { reason, signal, .. }) => [reason, signal].into_iter().for_each(edit),
+            Self::Leftovers(Leftovers { policy, processes, .. }) => {
+                edit(policy);
+                processes.iter_mut().for_each(|process| edit(&mut process.name));
+            }
+            Self::Terminated(Terminated { signal, reason, .. }) => signal.iter_mut().chain(reason).for_each(edit),
+            Self::Labels(Labels { labels }) => labels.values_mut().for_each(edit),
+        }
+    }
+}
+
+/// What a list may take of a payload as JSON, bytes. The other half is for texts, of which an event has two at most: six
+/// times [`MAX_TEXT`](crate::limits::MAX_TEXT) each when every byte of them has to be escaped.
+const MAX_LIST: usize = MAX_PAYLOAD / 2;
+
+/// Keeps the first items, no more than `limit` bytes of JSON, and says how many are gone.
+fn cut<T: Serialize>(items: &mut Vec<T>, limit: usize) -> usize {
+    let mut room = limit;
+    let mut fits = |item: &T| {
+        let len = serde_json::to_vec(item).map_or(limit, |json| json.len() + ",".len());
+        room.checked_sub(len).inspect(|rest| room = *rest).is_some()
+    };
+    let kept = items.iter().take_while(|item| fits(item)).count();
+    let more = items.len() - kept;
+    items.truncate(kept);
+    more
 }
 
 #[cfg(test)]
@@ -205,6 +281,7 @@ mod tests {
         assert_eq!(took_over.payload(), br#"{"event":"took-over","records":3,"finished":false}"#);
         assert_eq!(Event::parse(&took_over.payload()), Some(took_over));
     }
+
     #[test]
     fn the_events_of_a_life_are_frozen_as_json() {
         let check = |event: Event, json: &str| {
@@ -238,5 +315,72 @@ mod tests {
         );
         let labels = BTreeMap::from([("app".to_owned(), "x".to_owned())]);
         check(Event::Labels(Labels { labels }), r#"{"event":"labels","labels":{"app":"x"}}"#);
+    }
+
+    #[test]
+    fn whatever_an_event_holds_it_fits_a_record_and_stays_of_its_kind() {
+        for event in endless(&"\u{1}".repeat(100_000)) {
+            let (kind, fitted) = (std::mem::discriminant(&event), event.fitted());
+            assert_eq!(std::mem::discriminant(&fitted), kind, "{fitted:?}");
+            let payload = fitted.payload();
+            assert!(payload.len() <= MAX_PAYLOAD, "{} bytes", payload.len());
+            assert_eq!(Event::parse(&payload), Some(fitted));
+        }
+    }
+
+    #[test]
+    fn what_fits_stays_as_it_is() {
+        for event in endless("a few words").into_iter().filter(|event| event.payload().len() < MAX_LIST) {
+            assert_eq!(event.clone().fitted(), event);
+        }
+    }
+
+    #[test]
+    fn of_a_list_as_much_stays_as_fits() {
+        let names = |name: &str| (0..1000).map(|at| format!("{at} {name}")).collect::<Vec<_>>();
+        let Event::Waiting(Waiting { r#for }) = Event::Waiting(Waiting { r#for: names(&"x".repeat(90)) }).fitted()
+        else {
+            panic!("it is another event now")
+        };
+        let more = format!("{} more", 1001 - r#for.len());
+        assert!(r#for[0].starts_with("0 ") && r#for.len() > 300 && *r#for.last().unwrap() == more, "{for:?}");
+        let fault = Fault { reason: String::new(), trace: names(&"x".repeat(90)) };
+        let Event::Error(Fault { trace, .. }) = Event::Error(fault).fitted() else { panic!("it is another event now") };
+        assert!(trace.len() > 300 && trace.last().unwrap().starts_with("999 "), "{trace:?}");
+    }
+
+    #[test]
+    fn labels_stay_whole_or_an_error_takes_their_place() {
+        let labels = |len| Event::Labels(Labels { labels: BTreeMap::from([("key".to_owned(), "x".repeat(len))]) });
+        assert_eq!(labels(60_000).fitted(), labels(60_000));
+        let Event::Error(Fault { reason, .. }) = labels(100_000).fitted() else { panic!("they do not fit") };
+        assert!(reason.starts_with("an event of 1000"), "{reason}");
+    }
+
+    /// Every kind of event but labels, with `text` wherever one may be.
+    fn endless(text: &str) -> Vec<Event> {
+        let text = || text.to_owned();
+        let process = Process { pid: u32::MAX, name: text(), holds: vec![Stream::Stdout, Stream::Stderr] };
+        let max = u64::MAX;
+        vec![
+            Event::Gap(Gap { stream: Stream::Stdout, bytes: max, cause: text() }),
+            Event::TookOver(TookOver { records: max, finished: true }),
+            Event::Waiting(Waiting { r#for: vec![text(); 50] }),
+            Event::Born(Born { program: text(), pid: u32::MAX }),
+            Event::Ready(Ready { by: text() }),
+            Event::Error(Fault { reason: text(), trace: vec![text(); 50] }),
+            Event::Stopping(Stopping { reason: text(), signal: text(), grace_ms: max }),
+            Event::Cancelled(Cancelled { reason: text() }),
+            Event::Leftovers(Leftovers { policy: text(), processes: vec![process; 50], total: max }),
+            Event::Terminated(Terminated {
+                code: 1,
+                signal: Some(text()),
+                core: true,
+                oom: true,
+                reason: Some(text()),
+                duration_ms: max,
+            }),
+            Event::Redaction(Redaction { values: max, replaced: max }),
+        ]
     }
 }

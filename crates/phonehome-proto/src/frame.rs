@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     id::{Attempt, BuildId, Digest, ProducerId, StepName},
     limits::{MAX_LABEL, MAX_LABELS, RECORD_COST},
+    text::shorten,
 };
 
 /// Wall-clock time in microseconds since the Unix epoch.
@@ -215,6 +216,16 @@ impl End {
             Self::Exited(code) | Self::NotStarted { code, .. } => *code,
             Self::Signalled { signal, .. } => 128u8.saturating_add(*signal),
         }
+    }
+
+    /// The same end with a reason that a frame may hold: no longer than [`MAX_TEXT`](crate::limits::MAX_TEXT).
+    #[must_use]
+    pub fn fitted(mut self) -> Self {
+        match &mut self {
+            Self::NotStarted { reason, .. } => shorten(reason),
+            Self::Exited(_) | Self::Signalled { .. } => {}
+        }
+        self
     }
 }
 

@@ -17,3 +17,4 @@ pub mod receiver;
 pub mod sender;
 pub mod signal;
 pub mod tally;
+pub mod text;

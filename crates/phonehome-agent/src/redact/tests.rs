@@ -1,6 +1,7 @@
 //! The masker against its definition, and the forms against real encoders.
 
 use base64::{Engine, engine::general_purpose};
+use phonehome_proto::frame::Stream;
 use proptest::prelude::*;
 
 use super::*;
@@ -329,14 +330,19 @@ fn masking_is_fast() {
 
 #[test]
 fn an_event_stays_one_of_its_kind_whatever_the_secrets_are() {
-    let redactor = redactor(&[b"123456", b"reason", b"stopping", b"two\nlines", b"hunter2"]);
+    let redactor = redactor(&[b"123456", b"reason", b"stopping", b"two\nlines", b"hunter2", b"stdout"]);
     let stopping = |reason: &str| {
         let (reason, signal, grace_ms) = (reason.into(), "SIGTERM".into(), 1_234_567);
         Event::Stopping(phonehome_proto::event::Stopping { reason, signal, grace_ms })
     };
-    let masked = redactor.mask_event(&stopping("a reason: \"hunter2\" 1234567 two\nlines"));
-    let expected = "a [redacted]: \"[redacted]\" [redacted]7 [redacted]";
-    assert_eq!(Event::parse(&masked), Some(stopping(expected)), "{}", String::from_utf8_lossy(&masked));
+    let mut event = stopping("a reason: \"hunter2\" 1234567 two\nlines");
+    redactor.mask_event(&mut event);
+    assert_eq!(event, stopping("a [redacted]: \"[redacted]\" [redacted]7 [redacted]"));
+    let gap =
+        |cause: &str| Event::Gap(phonehome_proto::event::Gap { stream: Stream::Stdout, bytes: 1, cause: cause.into() });
+    let mut event = gap("stdout");
+    redactor.mask_event(&mut event);
+    assert_eq!(Event::parse(&event.payload()), Some(gap("[redacted]")), "the name of a stream is no text");
 }
 
 fn redactor(values: &[&[u8]]) -> Redactor {
