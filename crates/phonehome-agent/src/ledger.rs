@@ -90,13 +90,16 @@ impl Ledger {
     pub(crate) fn finish(
         &self,
         config: &Config,
-        recorder: Option<Recorder>,
+        mut recorder: Option<Recorder>,
         end: End,
         terminated: Terminated,
         usage: Option<Usage>,
     ) {
         if let Some(reason) = cause::reason(&terminated) {
             cause::leave_message(&config.supervision.termination_log, &reason);
+        }
+        if let Some(recorder) = &mut recorder {
+            recorder.catch_up(); // so that the last fact finds a place
         }
         self.herald.tell(Event::Terminated(terminated));
         if let Some(recorder) = recorder {

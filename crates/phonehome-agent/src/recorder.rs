@@ -12,7 +12,7 @@ use bytes::{Bytes, BytesMut};
 use phonehome_env::Env;
 use phonehome_proto::{
     codec::binary::{HEADROOM, seal},
-    event::{Event, Gap, TookOver},
+    event::{Event, Fault, Gap, TookOver},
     frame::{End, Finished, Stream, UnixMicros, Usage},
     limits::RECORD_COST,
     tally::Tally,
@@ -127,13 +127,27 @@ impl Recorder {
         self.drain();
     }
 
-    /// Records a fact that was told, or output that had no room before: waits for one or the other. Cancel safe.
+    /// Records a fact that was told, or output that had no room before: waits for one or the other. As long as there is no
+    /// room, facts wait where they are. Cancel safe.
     pub(crate) async fn attend(&mut self) {
-        let is_idle = self.ring.is_empty();
+        let has_room = self.outbox.has_room();
         tokio::select! {
             biased; // what happened first is recorded first
-            () = self.outbox.room(), if !is_idle => self.drain(),
-            Some(news) = self.news.recv() => self.event(news.time, news.event),
+            () = self.outbox.room(), if !has_room || !self.ring.is_empty() => self.drain(),
+            Some(news) = self.news.recv(), if has_room => self.told(news),
+        }
+    }
+
+    /// Records what was told, and after the last of it how much could not be told.
+    fn told(&mut self, News { time, event }: News) {
+        self.event(time, event);
+        if !self.news.is_empty() {
+            return;
+        }
+        let left_out = self.herald.take_left_out();
+        if left_out > 0 {
+            let reason = format!("{left_out} facts about the build are left out here: there was no room for them");
+            self.event(self.env.nature.now(), Event::Error(Fault { reason, trace: Vec::new() }));
         }
     }
 
@@ -212,14 +226,19 @@ impl Recorder {
         }
     }
 
-    /// Ends the log. What the ring holds is recorded, beyond the limit if need be: it is in memory in any case.
-    pub fn finish(mut self, mut end: End, usage: Option<Usage>) {
+    /// Records what the ring holds and what was told, beyond the limit if need be: it is in memory in any case.
+    pub(crate) fn catch_up(&mut self) {
         while !self.ring.is_empty() {
             self.record_oldest();
         }
         while let Ok(news) = self.news.try_recv() {
-            self.event(news.time, news.event);
+            self.told(news);
         }
+    }
+
+    /// Ends the log with all that is not recorded yet.
+    pub fn finish(mut self, mut end: End, usage: Option<Usage>) {
+        self.catch_up();
         if let (Some(redactor), End::NotStarted { reason, .. }) = (&self.redactor, &mut end) {
             redactor.mask_in_place(reason);
         }
@@ -290,13 +309,14 @@ fn cost(payload: &Bytes) -> u64 {
 #[cfg(test)]
 mod tests {
     use phonehome_proto::{
-        event::{Cancelled, Waiting},
+        event::{Cancelled, Ready, Waiting},
         frame::{Ack, Durable, Record, ServerFrame, Welcome},
         limits::{MAX_PAYLOAD, MAX_TEXT, MAX_WINDOW},
     };
     use tokio::time::{advance, timeout};
 
     use super::*;
+    use crate::herald::QUEUE;
 
     #[tokio::test]
     async fn the_middle_is_left_out_and_counted_where_it_was() {
@@ -393,6 +413,45 @@ mod tests {
             panic!("it is another end now")
         };
         assert!((MAX_TEXT - 3..=MAX_TEXT).contains(&reason.len()) && !reason.contains("hunte"), "{reason}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn facts_wait_for_room_and_those_that_cannot_wait_are_counted() {
+        let outbox = Arc::new(Outbox::new(2 * BLOCK));
+        let mut recorder = recorder(&outbox, Overflow::Block, BLOCK);
+        (0..2).for_each(|number| drop(recorder.record(Stream::Stdout, block(number, MAX_PAYLOAD))));
+        (0..QUEUE + 5).for_each(|at| recorder.herald().tell(ready(at)));
+        assert!(timeout(LIMIT, recorder.attend()).await.is_err());
+        assert_eq!(recorder.tally().next(), 2, "memory does not grow");
+        deliver(&outbox);
+        while recorder.tally().next() < 3 + QUEUE as u64 {
+            timeout(LIMIT, recorder.attend()).await.expect("there is room");
+        }
+        let mut facts: Vec<_> = events(&outbox);
+        let Some(Event::Error(Fault { reason, .. })) = facts.pop() else { panic!("it is not said: {facts:?}") };
+        assert!(reason.starts_with("5 facts "), "{reason}");
+        assert_eq!(facts, (0..QUEUE).map(ready).collect::<Vec<_>>());
+        assert!(timeout(LIMIT, recorder.attend()).await.is_err(), "it is said once");
+    }
+
+    #[tokio::test]
+    async fn the_end_waits_for_no_room_and_has_the_facts_before_it() {
+        let outbox = Arc::new(Outbox::new(BLOCK));
+        let mut recorder = recorder(&outbox, Overflow::Block, BLOCK);
+        recorder.record(Stream::Stdout, block(0, MAX_PAYLOAD));
+        (0..QUEUE + 1).for_each(|at| recorder.herald().tell(ready(at)));
+        recorder.finish(End::Exited(0), None);
+        let end = outbox.look(|sender| sender.finished().cloned()).unwrap();
+        assert_eq!((end.next, events(&outbox).len()), (QUEUE as u64 + 2, QUEUE + 1));
+        assert!(matches!(events(&outbox).last(), Some(Event::Error(_))));
+    }
+
+    fn ready(at: usize) -> Event {
+        Event::Ready(Ready { by: at.to_string() })
+    }
+
+    fn events(outbox: &Outbox) -> Vec<Event> {
+        records(outbox).iter().filter_map(|record| Event::parse(&record.payload)).collect()
     }
 
     const BLOCK: u64 = MAX_PAYLOAD as u64 + RECORD_COST;
