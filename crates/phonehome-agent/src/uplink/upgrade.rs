@@ -39,7 +39,7 @@ pub(super) enum UpgradeError {
     TooLong,
 }
 
-/// Longest head of an answer, bytes.
+/// Longest head of an answer with those of interim ones before it, bytes.
 const MAX_HEAD: usize = 16 * 1024;
 
 /// Headers of an answer at most.
@@ -60,19 +60,7 @@ pub(super) async fn upgrade(
     let key = BASE64_STANDARD.encode(nonce);
     stream.write_all(request(endpoint, token, &key).as_bytes()).await?;
     stream.flush().await?;
-    let mut answer = Vec::new();
-    let (head, length) = loop {
-        if answer.len() > MAX_HEAD {
-            return Err(UpgradeError::TooLong);
-        }
-        if stream.read_buf(&mut answer).await? == 0 {
-            return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
-        }
-        if let Some(head) = Head::parse(&answer)? {
-            break head;
-        }
-    };
-    let mut rest = answer.split_off(length);
+    let (head, mut rest) = read_head(stream).await?;
     if head.status == StatusCode::SWITCHING_PROTOCOLS {
         head.check(&key)?;
         return Ok(rest);
@@ -81,6 +69,25 @@ pub(super) async fn upgrade(
     while rest.len() < wanted && stream.read_buf(&mut rest).await? > 0 {}
     rest.truncate(MAX_TEXT);
     Err(UpgradeError::Refused(Refusal { status: head.status, retry_after: head.retry_after, text: rest }))
+}
+
+/// The head of the answer, and what has come after it. Interim answers before it say nothing (RFC 9110, section 15.2).
+async fn read_head(stream: &mut dyn Transport) -> Result<(Head, Vec<u8>), UpgradeError> {
+    let (mut answer, mut interim) = (Vec::new(), 0);
+    loop {
+        while let Some((head, length)) = Head::parse(&answer[interim..])? {
+            interim += length;
+            if !head.is_interim() {
+                return Ok((head, answer.split_off(interim)));
+            }
+        }
+        if answer.len() > MAX_HEAD {
+            return Err(UpgradeError::TooLong);
+        }
+        if stream.read_buf(&mut answer).await? == 0 {
+            return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
+        }
+    }
 }
 
 fn request(endpoint: &Uri, token: Option<&Secret>, key: &str) -> Zeroizing<String> {
@@ -146,6 +153,10 @@ impl Head {
         Ok(Some((head, length)))
     }
 
+    fn is_interim(&self) -> bool {
+        self.status.is_informational() && self.status != StatusCode::SWITCHING_PROTOCOLS
+    }
+
     /// What a client has to look at (RFC 6455, section 4.1).
     fn check(&self, key: &str) -> Result<(), UpgradeError> {
         let is = |value: &Option<String>, expected: &str| {
@@ -187,6 +198,17 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn interim_answers_are_passed_over() {
+        let interim = "HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nlink: </style.css>\r\n\r\n";
+        for piece in [1, 7, 10_000] {
+            let (_, upgraded) = answered(&format!("{interim}{PROPER}first frame"), piece).await;
+            assert!("first frame".as_bytes().starts_with(&upgraded.unwrap()));
+            let (_, refused) = answered(&format!("{interim}HTTP/1.1 401 x\r\n\r\n"), piece).await;
+            assert!(matches!(refused, Err(UpgradeError::Refused(refusal)) if refusal.status.as_u16() == 401));
+        }
+    }
+
+    #[tokio::test]
     async fn an_answer_that_is_not_proper_says_what_is_wrong() {
         for (wrong, right, name) in [
             ("upgrade: h2c", "upgrade: WebSocket", "Upgrade"),
@@ -215,7 +237,8 @@ mod tests {
     async fn whatever_else_comes_is_an_error_and_bounded() {
         let endless = format!("HTTP/1.1 101 x\r\nx: {}", "y".repeat(2 * MAX_HEAD));
         let many = format!("HTTP/1.1 101 x\r\n{}\r\n", "x: y\r\n".repeat(MAX_HEADERS + 1));
-        for answer in [&endless, &many, "SSH-2.0-OpenSSH_9.2\r\n\r\n", "HTTP/1.1 101 x\r\n", ""] {
+        let interim = "HTTP/1.1 100 x\r\n\r\n".repeat(MAX_HEAD);
+        for answer in [&endless, &many, &interim, "SSH-2.0-OpenSSH_9.2\r\n\r\n", "HTTP/1.1 101 x\r\n", ""] {
             assert!(answered(answer, 10_000).await.1.is_err());
         }
     }
