@@ -19,9 +19,10 @@ impl fmt::Display for OneLine<'_> {
     }
 }
 
-/// Controls, and what breaks a line or reorders it on the screen.
+/// Controls, and what breaks a line, reorders it on the screen or is not seen there.
 fn is_hostile(char: char) -> bool {
-    char.is_control() | matches!(char, '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+    let is_unseen = matches!(char, '\u{ad}' | '\u{61c}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}');
+    char.is_control() || is_unseen || matches!(char, '\u{2060}'..='\u{206f}' | '\u{feff}')
 }
 
 #[cfg(test)]
@@ -39,6 +40,9 @@ mod tests {
     fn nothing_leaves_the_line_or_acts_on_the_terminal() {
         let told = OneLine("\n a\x1b[2J\r\nb\u{9b}31m\u{202e}c\u{2028}d\x7f\t ").to_string();
         assert_eq!(told, "a?[2J??b?31m?c?d?");
+        for unseen in "\u{ad}\u{61c}\u{200b}\u{200e}\u{200f}\u{2060}\u{2066}\u{2069}\u{feff}".chars() {
+            assert_eq!(OneLine(&format!("a{unseen}b")).to_string(), "a?b", "{unseen:?}");
+        }
     }
 
     #[test]
