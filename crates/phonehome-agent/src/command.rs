@@ -60,10 +60,16 @@ pub(crate) struct Command {
 }
 
 /// Takes the token out of this process's environment, where its children and, in `/proc/PID/environ`, others could read
-/// it. The first thing that a process does, before any thread is started. An empty variable is not set.
+/// it. An empty variable is not set.
+///
+/// # Safety
+///
+/// It is the first thing that a process does: there is one thread, and nobody holds a pointer into the environment.
 #[must_use]
-pub fn take_token() -> Option<Secret> {
-    let value = unix::take_variable(c"PHONEHOME_TOKEN").filter(|value| !value.is_empty())?;
+#[expect(unsafe_code, reason = "only the caller knows that there is one thread")]
+pub unsafe fn take_token() -> Option<Secret> {
+    // SAFETY: the contract is the same.
+    let value = unsafe { unix::take_variable(c"PHONEHOME_TOKEN") }.filter(|value| !value.is_empty())?;
     Some(Secret::new(String::from_utf8_lossy(&value).into_owned()))
 }
 

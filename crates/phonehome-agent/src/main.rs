@@ -17,9 +17,11 @@ use phonehome_agent::{
 };
 use tracing::error;
 
+#[expect(unsafe_code, reason = "here it is certain that there is one thread")]
 fn main() -> ExitCode {
     let signals = Blocked::all();
-    let token = phonehome_agent::take_token();
+    // SAFETY: nothing before has started a thread or looked at the environment.
+    let token = unsafe { phonehome_agent::take_token() };
     let line: Vec<_> = std::env::args_os().collect();
     let console = Console::default();
     let result = match Invocation::read(&line, token) {

@@ -77,8 +77,9 @@ pub(crate) fn readable(descriptor: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
 
 /// A signal by its number. `None` for a number that is no signal's.
 pub(super) fn signal(number: u8) -> Option<Signal> {
-    // SAFETY: the number is in the kernel's range. Signals that a libc keeps for itself are only ever passed on to
-    // other processes here, never caught or blocked by this value.
+    // SAFETY: the number is in the kernel's range. Signals that a libc keeps for itself are never caught or blocked by this
+    // value: it is passed on to other processes, or names the signal that the kernel sends here when the parent dies, which
+    // is blocked like all others (`block_all`) and read as data.
     (1..=LAST_SIGNAL).contains(&c_int::from(number)).then(|| unsafe { Signal::from_raw_unchecked(number.into()) })
 }
 
@@ -219,25 +220,57 @@ pub(super) fn close_on_exec() {
     }
 }
 
-/// Removes an environment variable and returns its value, which is overwritten where the kernel put it.
+/// Removes an environment variable and returns its value. Every value of that name is overwritten where the kernel put it:
+/// there may be several (execve(2)), of which the first counts.
 ///
-/// Otherwise it stays readable in this process's memory, and in `/proc/PID/environ`, for its whole life. To be called
-/// before any thread is started.
-pub(super) fn take_variable(name: &CStr) -> Option<Zeroizing<Vec<u8>>> {
-    // SAFETY: there is one thread, so nobody else reads or changes the environment. getenv returns a pointer to the
-    // NUL-terminated value within the process's own writable memory (environ(7)), of which exactly the bytes before the
-    // NUL are read and written.
+/// Otherwise it stays readable in this process's memory, and in `/proc/PID/environ`, for its whole life.
+///
+/// # Safety
+///
+/// This process has one thread, and nobody holds a pointer into the environment.
+pub(super) unsafe fn take_variable(name: &CStr) -> Option<Zeroizing<Vec<u8>>> {
+    let mut first = None;
+    // SAFETY: by the contract nobody else reads or changes the environment. It is a list of pointers that ends with a null
+    // pointer, or none at all, to NUL-terminated strings in the process's own writable memory (environ(7)), of which
+    // exactly bytes before the NUL are read and written. unsetenv(3) removes every entry of that name.
     unsafe {
-        let value: *mut c_char = libc::getenv(name.as_ptr());
-        if value.is_null() {
-            return None;
-        }
-        let taken = Zeroizing::new(CStr::from_ptr(value).to_bytes().to_vec());
-        for at in 0..taken.len() {
-            value.add(at).write_volatile(0);
+        let mut entry = environ;
+        while !entry.is_null() && !(*entry).is_null() {
+            if let Some(at) = value_of(name, CStr::from_ptr(*entry).to_bytes()) {
+                let value = wiped((*entry).add(at));
+                first.get_or_insert(value);
+            }
+            entry = entry.add(1);
         }
         libc::unsetenv(name.as_ptr());
-        Some(taken)
+    }
+    first
+}
+
+unsafe extern "C" {
+    /// The environment (environ(7)).
+    static mut environ: *mut *mut c_char;
+}
+
+/// Where the value starts in an entry of the environment, if it is one of this name.
+fn value_of(name: &CStr, entry: &[u8]) -> Option<usize> {
+    let rest = entry.strip_prefix(name.to_bytes())?;
+    rest.starts_with(b"=").then(|| name.count_bytes() + 1)
+}
+
+/// Copies a string and overwrites it.
+///
+/// # Safety
+///
+/// It is NUL-terminated and writable, and nobody else uses it.
+unsafe fn wiped(string: *mut c_char) -> Zeroizing<Vec<u8>> {
+    // SAFETY: by the contract; no byte from the NUL on is written.
+    unsafe {
+        let taken = Zeroizing::new(CStr::from_ptr(string).to_bytes().to_vec());
+        for at in 0..taken.len() {
+            string.add(at).write_volatile(0);
+        }
+        taken
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::{os::fd::AsRawFd, process::Command};
 
-use crate::support::{AGENT, UNREACHABLE, agent, bounded, lines, skipped, start, stderr, stdout};
+use crate::support::{AGENT, UNREACHABLE, agent, bounded, lines, python, signal, skipped, start, stderr, stdout};
 
 #[test]
 fn the_command_sees_three_descriptors() {
@@ -29,6 +29,26 @@ fn a_token_is_nowhere_in_the_agent_but_where_it_is_needed() {
     let environ = std::fs::read(format!("/proc/{}/environ", agent.0.id())).unwrap(); // root may read it all the same
     let text = String::from_utf8_lossy(&environ);
     assert!(text.contains("PHONEHOME_BUILD=b") && !text.contains("hunter2"), "{text}");
+}
+
+#[test]
+fn a_token_that_is_given_twice_is_nowhere_in_the_agent_either() {
+    let Some(python) = python() else { return };
+    let script = "
+import ctypes, sys
+strings = lambda texts: (ctypes.c_char_p * (len(texts) + 1))(*[text.encode() for text in texts], None)
+variables = ['PHONEHOME_TOKEN=hunter2-first', 'PHONEHOME_TOKENS=other', 'X=y', 'PHONEHOME_TOKEN=hunter2-second']
+ctypes.CDLL(None).execve(sys.argv[1].encode(), strings(sys.argv[1:]), strings(variables + ['PATH=/usr/bin:/bin']))
+";
+    let mut command = Command::new(python);
+    command.args(["-c", script, AGENT]).args(["--", "sh", "-c", "echo ready $PHONEHOME_TOKEN; exec sleep 1000"]);
+    let mut agent = start(&mut command);
+    assert_eq!(lines(&mut agent).next().unwrap().unwrap(), "ready");
+    let environ = std::fs::read(format!("/proc/{}/environ", agent.0.id())).unwrap();
+    signal(&agent, "TERM");
+    assert_eq!(agent.0.wait().unwrap().code(), Some(143));
+    let text = String::from_utf8_lossy(&environ);
+    assert!(text.contains("PHONEHOME_TOKENS=other") && !text.contains("hunter2"), "{text}");
 }
 
 #[test]
