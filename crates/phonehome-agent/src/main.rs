@@ -53,7 +53,7 @@ fn run(given: Box<Given>, console: &Console, signals: io::Result<Blocked>) -> Re
     let variable = |name: &str| std::env::var(name).ok();
     let siblings = SiblingsConfig::unchecked(&args.siblings);
     let termination_log = args.supervision.termination_log.clone();
-    let config = Config::try_from_args(args, &ProxySettings::read(variable), |name| std::env::var_os(name));
+    let config = Config::try_from_args(args, &ProxySettings::read(variable), |name| given.variable(name));
     let config = config.map_err(Failure::from).inspect_err(|failure| {
         if !print {
             let reason = failure.with_causes();

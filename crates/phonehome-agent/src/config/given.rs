@@ -94,6 +94,13 @@ impl Given {
         args
     }
 
+    /// The value of a variable, of the token's also now that it is taken out of the environment.
+    #[must_use]
+    pub fn variable(&self, name: &OsStr) -> Option<OsString> {
+        let taken = self.token.as_ref().filter(|_| name == "PHONEHOME_TOKEN");
+        taken.map(|token| token.expose().into()).or_else(|| std::env::var_os(name))
+    }
+
     /// The options that have a value, by name, for the log: secrets are hidden, and so are the command's arguments, among
     /// which nobody knows them.
     #[must_use]
@@ -202,6 +209,16 @@ mod tests {
             let plain = Args { command, ..Args::default() };
             assert_eq!(checked(plain), checked(Args::try_parse_from(&line).unwrap()), "{words:?}");
         }
+    }
+
+    #[test]
+    fn a_token_that_was_taken_out_of_the_environment_can_be_redacted_by_name() {
+        let line = line(&["--redact-env", "PHONEHOME_TOKEN", "--", "x"]);
+        let given = Given::read(&line, Some(Secret::new("hunter22".into()))).unwrap();
+        let config =
+            Config::try_from_args(given.args(), &ProxySettings::default(), |name| given.variable(name)).unwrap();
+        assert_eq!(config.redactor.unwrap().mask_text("a hunter22 b"), "a [redacted] b");
+        assert!(given.variable(OsStr::new("PATH")).is_some());
     }
 
     #[test]

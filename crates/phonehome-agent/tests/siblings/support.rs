@@ -257,9 +257,11 @@ pub(crate) fn python(pod: &Pod, name: &str, program: &str) -> Option<String> {
     Some(format!("exec python3 {name}"))
 }
 
-#[expect(clippy::print_stderr, reason = "a test that did not run says so")]
 pub(crate) fn skipped(reason: &str) {
-    eprintln!("skipped: {reason}");
+    let test = thread::current().name().unwrap_or("a test").to_owned();
+    let line = format!("skipped: {test}: {reason}\n");
+    // Past the capture of test output: a test that did not run must show.
+    Write::write_all(&mut std::io::stderr(), line.as_bytes()).expect("standard error is open");
 }
 
 /// Whether there is something of this name.
