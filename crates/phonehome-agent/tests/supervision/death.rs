@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::support::{UNREACHABLE, agent, bounded, lines, signal, start, stderr};
+use crate::support::{UNREACHABLE, agent, bounded, ended, lines, signal, start, stderr};
 
 #[test]
 fn a_reason_is_left_for_the_orchestrator_if_it_has_a_file_for_it() {
@@ -45,7 +45,9 @@ fn it_holds_only_as_long_as_it_was_told_and_only_when_it_was() {
         (&["--hold-on-failure", "700ms"], 1, true),
         (&["--hold-on-failure", "700ms"], 0, false),
     ] {
+        let begin = Instant::now();
         let output = bounded(&[options, &["--", "sh", "-c", &format!("exit {code}")]].concat());
+        assert!(!holds || begin.elapsed() >= Duration::from_millis(700), "{options:?}: {:?}", begin.elapsed());
         assert_eq!(output.status.code(), Some(code));
         assert_eq!(stderr(&output).contains("holding"), holds, "{}", stderr(&output));
     }
@@ -56,7 +58,7 @@ fn a_command_that_was_told_to_end_is_not_held() {
     let mut agent = start(&mut agent(&["--hold", "1h", "--", "sh", "-c", "echo ready; exec sleep 1000"]));
     assert_eq!(lines(&mut agent).next().unwrap().unwrap(), "ready");
     signal(&agent, "TERM");
-    assert_eq!(agent.0.wait().unwrap().code(), Some(143));
+    assert_eq!(ended(&mut agent), Some(143));
 }
 
 #[test]

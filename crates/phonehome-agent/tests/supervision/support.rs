@@ -2,7 +2,6 @@
 
 use std::{
     io::{BufRead, BufReader, Lines},
-    os::unix::process::ExitStatusExt,
     process::{Child, ChildStdout, Command, Output, Stdio},
     time::Duration,
 };
@@ -44,7 +43,13 @@ pub(crate) fn start(command: &mut Command) -> Running {
 pub(crate) fn signal(agent: &Running, name: &str) {
     let status =
         Command::new("kill").args([&format!("-{name}"), &agent.0.id().to_string()]).status().expect("kill can be run");
-    assert!(status.success() || status.signal().is_none());
+    assert!(status.success(), "no {name} for the agent: {status}");
+}
+
+/// The code with which it ends, which takes 20 s at most.
+pub(crate) fn ended(agent: &mut Running) -> Option<i32> {
+    eventually("the agent has ended", || agent.0.try_wait().expect("it can be waited for").is_some());
+    agent.0.wait().expect("it has ended").code()
 }
 
 pub(crate) fn stderr(output: &Output) -> String {
