@@ -11,7 +11,11 @@ use rustix::fs::OFlags;
 use zeroize::Zeroizing;
 
 /// Opens a regular file. A named pipe nobody writes to is not waited for, and what is no file might never end.
-fn open(path: &Path) -> io::Result<File> {
+///
+/// # Errors
+///
+/// When it cannot be opened, or is something else.
+pub(crate) fn open(path: &Path) -> io::Result<File> {
     let file = OpenOptions::new().read(true).custom_flags(OFlags::NONBLOCK.bits().cast_signed()).open(path)?;
     if file.metadata()?.is_file() { Ok(file) } else { Err(io::Error::other("it is not a regular file")) }
 }

@@ -281,7 +281,7 @@ impl Attendance<'_> {
     /// Stays alive, so that a person can look inside, until the time is over or somebody says TERM.
     async fn hold(&mut self, code: u8) {
         let hold = self.config.supervision.hold[usize::from(code != 0)];
-        if !hold.is_zero() && self.supervisor.may_stay() {
+        if !hold.is_zero() && !self.supervisor.is_told_to_end() {
             tell_hold(hold);
             self.supervisor.hold(Instant::now() + hold).await;
         }

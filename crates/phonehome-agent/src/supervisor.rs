@@ -316,13 +316,8 @@ impl Supervisor {
         }
     }
 
-    /// Whether nobody has wanted the end so far.
-    pub(crate) fn may_stay(&self) -> bool {
-        !self.is_told_to_end()
-    }
-
     /// Whether the agent itself was told to end, or the command by whoever has a say in it: nobody wants them to stay.
-    fn is_told_to_end(&self) -> bool {
+    pub(crate) fn is_told_to_end(&self) -> bool {
         self.told_to_end || self.is_stopped
     }
 

@@ -3,7 +3,6 @@
 use std::{
     ffi::{OsStr, OsString},
     fmt,
-    fs::File,
     io::{self, Read},
     os::unix::ffi::{OsStrExt, OsStringExt},
     path::{Path, PathBuf},
@@ -14,7 +13,10 @@ use tracing::warn;
 use zeroize::Zeroizing;
 
 use super::Secret;
-use crate::redact::{MAX_VALUE, MAX_VALUES, MIN_VALUE, Redactor, TooLarge};
+use crate::{
+    file,
+    redact::{MAX_VALUE, MAX_VALUES, MIN_VALUE, Redactor, TooLarge},
+};
 
 /// Secrets that may not leave.
 #[derive(Default, Args)]
@@ -163,13 +165,10 @@ fn files_in(directory: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-/// Reads a file, or its beginning, which is longer than a file may be. What is no file might never end, or never begin.
+/// Reads a file, or its beginning, which is longer than a file may be.
 fn read(path: &Path) -> io::Result<Zeroizing<Vec<u8>>> {
-    if !path.metadata()?.is_file() {
-        return Err(io::Error::other("it is neither a file nor a directory"));
-    }
     let mut value = Zeroizing::new(Vec::with_capacity(2 * MAX_VALUE)); // never moved: what moves is not wiped
-    File::open(path)?.take(MAX_FILE as u64 + 1).read_to_end(&mut value)?;
+    file::open(path)?.take(MAX_FILE as u64 + 1).read_to_end(&mut value)?;
     Ok(value)
 }
 
