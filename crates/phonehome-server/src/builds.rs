@@ -19,7 +19,6 @@ use phonehome_proto::{
     id::{Attempt, BuildId, ProducerId, StepName},
 };
 use sha2::{Digest, Sha256};
-use subtle::ConstantTimeEq;
 use tokio::{
     sync::{Notify, watch},
     time::{Instant, sleep, sleep_until, timeout},
@@ -28,55 +27,79 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
 use self::state::{Action, Life, Stored};
+pub(crate) use self::state::{BuildPhase, StepState};
 pub use self::{
     log::{BuildLog, LogItem, LogRecord},
     state::{Clock, Clocks, Outcome, StepLog, Verdict},
 };
-use crate::store::{AttemptFiles, OpenError, Opened, Store, Surveyed};
+use crate::{
+    declaration::Declaration,
+    store::{AttemptFiles, OpenError, Opened, Store, Surveyed},
+};
 
 /// SHA-256 of a token: all that is kept of it.
-pub(crate) type TokenHash = [u8; 32];
+pub(crate) type TokenHash = phonehome_proto::id::Digest;
 
 pub(crate) fn hash_token(token: &str) -> TokenHash {
-    Sha256::digest(token.as_bytes()).into()
+    phonehome_proto::id::Digest(Sha256::digest(token.as_bytes()).into())
 }
 
-/// Every build this server expects.
+/// Every build that this server has in memory.
 #[derive(Debug, Default)]
-pub(crate) struct Builds(Mutex<BTreeMap<BuildId, Arc<Build>>>);
+pub(crate) struct Builds(Mutex<Known>);
+
+#[derive(Debug, Default)]
+struct Known {
+    builds: BTreeMap<BuildId, Arc<Build>>,
+    /// Looking a hash up takes a time that depends on the hash: that tells nothing about a token which is not known.
+    tokens: BTreeMap<[u8; 32], BuildId>,
+}
 
 impl Builds {
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<BuildId, Arc<Build>>> {
+    fn lock(&self) -> MutexGuard<'_, Known> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Adds a build; `false` when there is one of that name.
     pub(crate) fn insert(&self, build: Arc<Build>) -> bool {
-        let mut builds = self.lock();
-        if builds.contains_key(&build.id) {
+        let mut known = self.lock();
+        if known.builds.contains_key(&build.id) {
             return false;
         }
-        builds.insert(build.id.clone(), build);
+        known.tokens.insert(build.declaration.token.0, build.id.clone());
+        known.builds.insert(build.id.clone(), build);
         true
     }
 
-    /// The build that a token is for. Hashes are compared in constant time, and all of them.
+    /// Lets go of a build. Whoever has it goes on with it.
+    pub(crate) fn remove(&self, id: &BuildId) {
+        let mut known = self.lock();
+        if let Some(build) = known.builds.remove(id) {
+            known.tokens.remove(&build.declaration.token.0);
+        }
+    }
+
+    pub(crate) fn find(&self, id: &BuildId) -> Option<Arc<Build>> {
+        self.lock().builds.get(id).cloned()
+    }
+
+    /// The build that a token is for.
     pub(crate) fn by_token(&self, token: &str) -> Option<Arc<Build>> {
-        let hash = hash_token(token);
-        let builds = self.lock();
-        builds
-            .values()
-            .fold(None, |found, build| if bool::from(build.token.ct_eq(&hash)) { Some(build) } else { found })
-            .cloned()
+        let known = self.lock();
+        known.builds.get(known.tokens.get(&hash_token(token).0)?).cloned()
     }
 
     /// Whether nothing is expected so far, so that nothing is known about any token.
     pub(crate) fn is_empty(&self) -> bool {
-        self.lock().is_empty()
+        self.lock().builds.is_empty()
     }
 
     pub(crate) fn all(&self) -> Vec<Arc<Build>> {
-        self.lock().values().cloned().collect()
+        self.lock().builds.values().cloned().collect()
+    }
+
+    pub(crate) fn count(&self) -> usize {
+        self.lock().builds.len()
     }
 }
 
@@ -84,7 +107,7 @@ impl Builds {
 #[derive(Debug)]
 pub(crate) struct Build {
     pub(crate) id: BuildId,
-    token: TokenHash,
+    pub(crate) declaration: Declaration,
     store: Store,
     inner: Mutex<Inner>,
     /// Counts changes of the log; readers wait on it.
@@ -181,11 +204,14 @@ pub(crate) struct Refusal {
 }
 
 impl Build {
-    pub(crate) fn new(id: BuildId, token: &str, steps: Vec<StepName>, clocks: Clocks, store: Store) -> Self {
-        let life = Life::new(steps, clocks, Instant::now());
+    /// A build whose clocks start now, but for the total one: that has run for `age` already.
+    pub(crate) fn new(id: BuildId, declaration: Declaration, age: Duration, store: Store) -> Self {
+        let now = Instant::now();
+        let started = now.checked_sub(age).unwrap_or(now); // a machine that was booted since then counts anew
+        let life = Life::new(declaration.steps.clone(), declaration.timeouts.clone(), started, now);
         Self {
             id,
-            token: hash_token(token),
+            declaration,
             store,
             inner: Mutex::new(Inner::new(life)),
             changed: watch::Sender::new(0),
@@ -195,6 +221,23 @@ impl Build {
             taken_up: watch::Sender::new(false),
             hurried: CancellationToken::new(),
         }
+    }
+
+    /// A build that has ended, as it is on the disk.
+    pub(crate) fn archived(
+        id: BuildId,
+        declaration: Declaration,
+        verdict: Verdict,
+        attempts: Vec<Arc<AttemptFiles>>,
+        store: Store,
+    ) -> Self {
+        let mut build = Self::new(id, declaration, Duration::ZERO, store);
+        let inner = build.inner.get_mut().unwrap_or_else(PoisonError::into_inner);
+        inner.life.restore(verdict.clone());
+        inner.attempts = attempts;
+        build.taken_up.send_replace(true);
+        build.verdict.send_replace(Some(verdict));
+        build
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -505,8 +548,37 @@ impl Build {
         }
     }
 
+    /// The verdict, if there is one.
+    pub(crate) fn known_verdict(&self) -> Option<Verdict> {
+        self.verdict.borrow().clone()
+    }
+
+    /// Fires whenever anything about the build has changed.
+    pub(crate) fn changes(&self) -> watch::Receiver<u64> {
+        self.changed.subscribe()
+    }
+
     pub(crate) fn was_connected(&self) -> bool {
         self.lock().life.was_connected()
+    }
+
+    pub(crate) fn phase(&self) -> BuildPhase {
+        self.lock().life.build_phase()
+    }
+
+    /// Every attempt so far, and how its step stands.
+    pub(crate) fn attempts(&self) -> Vec<(Arc<AttemptFiles>, StepState)> {
+        let inner = self.lock();
+        let state = |files: &AttemptFiles| {
+            let is_newest = inner.newest(&files.step).is_some_and(|newest| newest.attempt == files.attempt);
+            if is_newest { inner.life.step_state(&files.step) } else { StepState::Superseded }
+        };
+        inner.attempts.iter().map(|files| (files.clone(), state(files))).collect()
+    }
+
+    /// How often the connection of a step's newest attempt was cut.
+    pub(crate) fn cuts(&self, step: &StepName) -> u64 {
+        self.lock().life.cut_count(step)
     }
 
     /// The log of the whole build from its beginning.
@@ -738,7 +810,9 @@ mod tests {
             let env = Env { workers: Workers::Tasks(Arc::new(|| Duration::ZERO)), ..Env::real() };
             let store = Store::open(&env, dir.path(), Durability::Os, &Tasks::default()).unwrap();
             let steps = steps.iter().map(|step| step.parse().unwrap()).collect();
-            let build = Arc::new(Build::new("b".parse().unwrap(), "token", steps, clocks, store));
+            let (labels, token) = (BTreeMap::new(), hash_token("token"));
+            let declaration = Declaration { created: 0, steps, labels, timeouts: clocks, token };
+            let build = Arc::new(Build::new("b".parse().unwrap(), declaration, Duration::ZERO, store));
             let (tasks, watched) = (Tasks::default(), build.clone());
             tasks.spawn(async move { watched.watch_clocks(&CancellationToken::new()).await });
             Self { dir, build, tasks }

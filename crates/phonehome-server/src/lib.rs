@@ -45,6 +45,7 @@ mod builds;
 #[cfg(feature = "cli")]
 pub mod cli;
 mod connection;
+mod declaration;
 #[cfg(all(fuzzing, feature = "cli"))]
 #[doc(hidden)]
 pub mod fuzzing;

@@ -1,6 +1,7 @@
 //! A server and its tasks: one listener, one task per connection, one clock per build.
 
 use std::{
+    collections::BTreeMap,
     io,
     net::SocketAddr,
     path::PathBuf,
@@ -15,7 +16,8 @@ use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
 use crate::{
-    builds::{Build, BuildLog, Builds, Clocks, Verdict},
+    builds::{Build, BuildLog, Builds, Clocks, Verdict, hash_token},
+    declaration::Declaration,
     identity::{Identity, IdentityError},
     listener::{Listener, Visitor},
     store::{Durability, Store},
@@ -228,7 +230,9 @@ impl Server {
         }
         let Expected { id, steps, clocks, token } = expected;
         let token = token.map_or_else(|| draw_token(&self.shared.env), Ok).map_err(ExpectError::Random)?;
-        let build = Arc::new(Build::new(id.clone(), &token, steps, clocks, self.shared.store.clone()));
+        let (created, hash) = (self.shared.env.nature.now(), hash_token(&token));
+        let declaration = Declaration { created, steps, labels: BTreeMap::new(), timeouts: clocks, token: hash };
+        let build = Arc::new(Build::new(id.clone(), declaration, Duration::ZERO, self.shared.store.clone()));
         if !self.shared.builds.insert(build.clone()) {
             return Err(ExpectError::Known(id));
         }

@@ -6,6 +6,8 @@
 //! On disk, below the data directory, everything can be read with ordinary tools:
 //!
 //! ```text
+//! builds/BUILD/build.json                what was declared of it
+//! builds/BUILD/reports                   what launchers and exporters told about it, one JSON object per line
 //! builds/BUILD/verdict.json              the verdict, once there is one
 //! builds/BUILD/STEP/ATTEMPT/log          stdout and stderr bytes in record order
 //! builds/BUILD/STEP/ATTEMPT/events       lifecycle events, one JSON object per line
@@ -122,11 +124,35 @@ enum Job {
         changed: watch::Sender<u64>,
         reply: oneshot::Sender<io::Result<Vec<Surveyed>>>,
     },
-    Verdict {
+    /// Writes a small file of a build, once.
+    Keep {
         build: BuildId,
+        kept: Kept,
         contents: Vec<u8>,
         reply: oneshot::Sender<io::Result<bool>>,
     },
+    /// Adds a line to a build's reports.
+    Report {
+        build: BuildId,
+        line: Vec<u8>,
+        reply: oneshot::Sender<io::Result<()>>,
+    },
+}
+
+/// Small files of a build, each written once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kept {
+    Declaration,
+    Verdict,
+}
+
+impl Kept {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Declaration => "build.json",
+            Self::Verdict => "verdict.json",
+        }
+    }
 }
 
 impl Job {
@@ -135,7 +161,7 @@ impl Job {
         match self {
             Self::Append { records, .. } => records.iter().map(|record| record.payload.len()).sum(),
             Self::Finish { .. } | Self::Open { .. } => 0,
-            Self::Rewind { .. } | Self::Survey { .. } | Self::Verdict { .. } => 0,
+            Self::Rewind { .. } | Self::Survey { .. } | Self::Keep { .. } | Self::Report { .. } => 0,
         }
     }
 }
@@ -204,6 +230,15 @@ impl Store {
         Ok(Self { jobs, disk, root: Arc::new(root.to_owned()), durability })
     }
 
+    /// Where everything is.
+    pub(crate) fn data(&self) -> &Path {
+        &self.root
+    }
+
+    pub(crate) fn disk(&self) -> &Arc<dyn Disk> {
+        &self.disk
+    }
+
     pub(crate) fn durability(&self) -> Durability {
         self.durability
     }
@@ -255,10 +290,34 @@ impl Store {
     ///
     /// When it could not be stored, or it is not known whether it is.
     pub(crate) async fn record_verdict(&self, build: &BuildId, contents: Vec<u8>) -> io::Result<bool> {
-        let (reply, recorded) = oneshot::channel();
-        let job = Job::Verdict { build: build.clone(), contents, reply };
+        self.keep(build, Kept::Verdict, contents).await
+    }
+
+    /// Stores what was declared of a build, in the same way.
+    ///
+    /// # Errors
+    ///
+    /// When it could not be stored, or it is not known whether it is.
+    pub(crate) async fn declare(&self, build: &BuildId, contents: Vec<u8>) -> io::Result<bool> {
+        self.keep(build, Kept::Declaration, contents).await
+    }
+
+    async fn keep(&self, build: &BuildId, kept: Kept, contents: Vec<u8>) -> io::Result<bool> {
+        let (reply, done) = oneshot::channel();
+        let job = Job::Keep { build: build.clone(), kept, contents, reply };
         self.jobs.send(job).await.map_err(|_| gone())?;
-        recorded.await.map_err(|_| gone())?
+        done.await.map_err(|_| gone())?
+    }
+
+    /// Adds a line, which ends with a line feed, to a build's reports, as durably as everything else.
+    ///
+    /// # Errors
+    ///
+    /// When it could not be stored, or it is not known whether it is.
+    pub(crate) async fn report(&self, build: &BuildId, line: Vec<u8>) -> io::Result<()> {
+        let (reply, done) = oneshot::channel();
+        self.jobs.send(Job::Report { build: build.clone(), line, reply }).await.map_err(|_| gone())?;
+        done.await.map_err(|_| gone())?
     }
 
     /// Every attempt of a build that is on the disk, by step and number. Opening them reads and checks all that was

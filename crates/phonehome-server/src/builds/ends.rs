@@ -7,7 +7,7 @@ use phonehome_proto::{
     id::{Attempt, Digest, StepName},
     signal,
 };
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::state::StepLog;
 use crate::words::OneLine;
@@ -31,7 +31,7 @@ impl fmt::Display for Told<'_> {
 }
 
 /// A step in `verdict.json`.
-#[derive(Serialize)]
+#[derive(Serialize, Deserialize)]
 pub(super) struct StepFile {
     step: StepName,
     attempt: Attempt,
@@ -49,7 +49,7 @@ pub(super) struct StepFile {
 }
 
 /// What a command used, with the units in the names.
-#[derive(Serialize)]
+#[derive(Serialize, Deserialize)]
 struct UsageFile {
     wall_us: u64,
     user_us: u64,
@@ -68,6 +68,31 @@ impl From<StepLog> for StepFile {
         };
         let usage = usage.map(UsageFile::from);
         Self { step, attempt, complete, records, bytes, digest, cuts, exit_code, signal, core, oom, reason, usage }
+    }
+}
+
+impl From<StepFile> for StepLog {
+    fn from(file: StepFile) -> Self {
+        let end = file.end();
+        let StepFile { step, attempt, complete, records, bytes, digest, cuts, usage, .. } = file;
+        Self { step, attempt, complete, records, bytes, digest, cuts, end, usage: usage.map(Usage::from) }
+    }
+}
+
+impl StepFile {
+    fn end(&self) -> Option<End> {
+        let code = self.exit_code?;
+        Some(match (self.signal.as_deref().and_then(signal::parse), &self.reason) {
+            (Some(signal), _) => End::Signalled { signal, core: self.core, oom: self.oom },
+            (None, Some(reason)) => End::NotStarted { code, reason: reason.clone() },
+            (None, None) => End::Exited(code),
+        })
+    }
+}
+
+impl From<UsageFile> for Usage {
+    fn from(UsageFile { wall_us, user_us, system_us, max_rss_bytes }: UsageFile) -> Self {
+        Self { wall: wall_us, user: user_us, system: system_us, max_rss: max_rss_bytes }
     }
 }
 
@@ -115,6 +140,22 @@ mod tests {
 
         let lost = file(None, None);
         assert_eq!(lost["exit_code"], Value::Null);
+    }
+
+    #[test]
+    fn a_step_comes_back_from_its_file() {
+        let usage = Some(Usage { wall: 5, user: 4, system: 3, max_rss: 2 });
+        for end in [
+            None,
+            Some(End::Exited(3)),
+            Some(End::NotStarted { code: 127, reason: "no such file".into() }),
+            Some(End::Signalled { signal: 37, core: true, oom: true }),
+        ] {
+            let text = file(end.clone(), usage);
+            let back: StepLog = serde_json::from_value(text.clone()).unwrap();
+            assert_eq!((&back.end, back.usage), (&end, usage));
+            assert_eq!(serde_json::to_value(back).unwrap(), text);
+        }
     }
 
     fn file(end: Option<End>, usage: Option<Usage>) -> Value {

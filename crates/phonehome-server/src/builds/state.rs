@@ -12,7 +12,7 @@ use phonehome_proto::{
     frame::{Cancel, Counts, End, Finished, FinishedAck, Usage},
     id::{Attempt, Digest, StepName},
 };
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
 use super::ends::{StepFile, Told};
@@ -45,7 +45,7 @@ impl Default for Clocks {
 }
 
 /// How a build ended. Whether its log is complete is another question, see [`Verdict::incomplete`].
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "verdict", rename_all = "kebab-case")]
 pub enum Outcome {
     /// Somebody stopped it.
@@ -80,7 +80,7 @@ pub enum Outcome {
 }
 
 /// A limit that ran out.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Clock {
     /// Nobody phoned home.
@@ -98,8 +98,8 @@ const EXIT_ERROR: u8 = 125;
 const EXIT_CANCELLED: u8 = 130;
 
 /// Everything known at the end of a build.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-#[serde(into = "VerdictFile")]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "VerdictFile", into = "VerdictFile")]
 pub struct Verdict {
     /// How it ended.
     pub outcome: Outcome,
@@ -110,8 +110,8 @@ pub struct Verdict {
 }
 
 /// What is stored of a step at the end of its build: of its newest attempt, which is the one that counts.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-#[serde(into = "StepFile")]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "StepFile", into = "StepFile")]
 pub struct StepLog {
     /// The step.
     pub step: StepName,
@@ -135,7 +135,7 @@ pub struct StepLog {
 }
 
 /// `verdict.json`.
-#[derive(Serialize)]
+#[derive(Serialize, Deserialize)]
 struct VerdictFile {
     #[serde(flatten)]
     outcome: Outcome,
@@ -149,6 +149,13 @@ impl From<Verdict> for VerdictFile {
         let complete = verdict.is_complete();
         let Verdict { outcome, incomplete, steps } = verdict;
         Self { outcome, complete, incomplete, steps }
+    }
+}
+
+impl From<VerdictFile> for Verdict {
+    fn from(file: VerdictFile) -> Self {
+        let VerdictFile { outcome, complete: _, incomplete, steps } = file;
+        Self { outcome, incomplete, steps }
     }
 }
 
@@ -234,6 +241,34 @@ enum Phase {
     Ended { outcome: Outcome, incomplete: Option<String> },
 }
 
+/// How far a build has got.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum BuildPhase {
+    /// Nobody has phoned home yet.
+    Waiting,
+    /// An agent has.
+    Running,
+    /// Its agents are told to stop.
+    Stopping,
+    /// It has its verdict.
+    Ended,
+}
+
+/// How an attempt stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum StepState {
+    /// Its agent is not connected.
+    Away,
+    /// Its agent is connected.
+    Connected,
+    /// Its end is stored.
+    Finished,
+    /// A newer attempt has taken over.
+    Superseded,
+}
+
 /// What a change asks for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Action {
@@ -249,13 +284,14 @@ pub(crate) enum Action {
 const AFTER_GRACE: Duration = Duration::from_secs(10);
 
 impl Life {
-    pub(crate) fn new(steps: Vec<StepName>, clocks: Clocks, now: Instant) -> Self {
+    /// A life that began at `started`, and for which nobody was there to wait for before `now`.
+    pub(crate) fn new(steps: Vec<StepName>, clocks: Clocks, started: Instant, now: Instant) -> Self {
         Self {
             clocks,
             steps: steps.iter().map(|step| (step.clone(), Step::Awaited)).collect(),
             order: steps,
             cuts: BTreeMap::new(),
-            started: now,
+            started,
             waiting: now,
             last_output: now,
             phase: Phase::Running,
@@ -264,6 +300,36 @@ impl Life {
 
     pub(crate) fn expects(&self, step: &StepName) -> bool {
         self.steps.contains_key(step)
+    }
+
+    /// Makes it one that has ended.
+    pub(crate) fn restore(&mut self, verdict: Verdict) {
+        for log in verdict.steps {
+            self.cuts.insert(log.step, Cuts { attempt: log.attempt, count: log.cuts });
+        }
+        self.phase = Phase::Ended { outcome: verdict.outcome, incomplete: verdict.incomplete };
+    }
+
+    pub(crate) fn build_phase(&self) -> BuildPhase {
+        match &self.phase {
+            Phase::Running if self.was_connected() => BuildPhase::Running,
+            Phase::Running => BuildPhase::Waiting,
+            Phase::Ending { .. } => BuildPhase::Stopping,
+            Phase::Ended { .. } => BuildPhase::Ended,
+        }
+    }
+
+    pub(crate) fn step_state(&self, step: &StepName) -> StepState {
+        match self.steps.get(step) {
+            Some(Step::Connected) => StepState::Connected,
+            Some(Step::Finished { .. }) => StepState::Finished,
+            Some(Step::Awaited | Step::Away { .. }) | None => StepState::Away,
+        }
+    }
+
+    /// How often the connection of the step's newest attempt was cut.
+    pub(crate) fn cut_count(&self, step: &StepName) -> u64 {
+        self.cuts.get(step).map_or(0, |cuts| cuts.count)
     }
 
     /// Whether nothing has stopped or ended it.
@@ -711,7 +777,7 @@ mod tests {
 
         fn with(steps: &[&str], clocks: Clocks) -> Self {
             let now = Instant::now();
-            Self { life: Life::new(steps.iter().map(|name| step(name)).collect(), clocks, now), now }
+            Self { life: Life::new(steps.iter().map(|name| step(name)).collect(), clocks, now, now), now }
         }
 
         fn pass(&mut self, seconds: u64) -> Action {

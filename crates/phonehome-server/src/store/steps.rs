@@ -2,12 +2,12 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    io,
+    io::{self, IoSlice},
     path::{Path, PathBuf},
     sync::Arc,
 };
 
-use phonehome_env::disk::{Disk, is_full, write_whole};
+use phonehome_env::disk::{Disk, File, Open, is_full, write_whole};
 use phonehome_proto::{
     attempts::Attempts,
     close::CloseCode,
@@ -21,7 +21,7 @@ use tokio::{
 };
 
 use super::{
-    Durability, OpenError, Opened, Surveyed, Writer,
+    Durability, Kept, OpenError, Opened, Surveyed, Writer,
     attempt::{AttemptFiles, End, Owner},
     current::Current,
     log::AttemptLog,
@@ -41,7 +41,7 @@ pub(super) struct Steps {
     steps: BTreeMap<Key, Step>,
     /// Steps with something to commit.
     dirty: BTreeSet<Key>,
-    verdicts: Vec<NewVerdict>,
+    files: Vec<NewFile>,
     room: Room,
 }
 
@@ -55,12 +55,13 @@ struct Step {
     known: BTreeMap<Attempt, Arc<AttemptFiles>>,
 }
 
-/// A verdict that is to be stored with the next commit.
+/// A small file that is to be stored with the next commit.
 #[derive(Debug)]
-struct NewVerdict {
-    build: BuildId,
-    contents: Vec<u8>,
-    reply: oneshot::Sender<io::Result<bool>>,
+pub(super) struct NewFile {
+    pub(super) build: BuildId,
+    pub(super) kept: Kept,
+    pub(super) contents: Vec<u8>,
+    pub(super) reply: oneshot::Sender<io::Result<bool>>,
 }
 
 impl Steps {
@@ -73,7 +74,7 @@ impl Steps {
             durability,
             steps: BTreeMap::new(),
             dirty: BTreeSet::new(),
-            verdicts: Vec::new(),
+            files: Vec::new(),
         }
     }
 
@@ -189,9 +190,26 @@ impl Steps {
         }
     }
 
-    /// Takes a verdict, for the next commit.
-    pub(super) fn settle(&mut self, build: BuildId, contents: Vec<u8>, reply: oneshot::Sender<io::Result<bool>>) {
-        self.verdicts.push(NewVerdict { build, contents, reply });
+    /// Takes a verdict or a declaration, for the next commit.
+    pub(super) fn settle(&mut self, file: NewFile) {
+        self.files.push(file);
+    }
+
+    /// Adds a line to a build's reports. What an earlier process did not finish is cut off first.
+    pub(super) fn report(&mut self, build: &BuildId, line: &[u8]) -> io::Result<()> {
+        let (dir, durable) = (self.root.join(build.as_str()), self.durability == Durability::Fsync);
+        let path = dir.join(REPORTS);
+        self.room.spend(|| {
+            let is_new = !self.disk.exists(&path)?;
+            let file = self.disk.open(&path, Open::Write)?;
+            let end = end_of_lines(&*file)?;
+            file.set_len(end)?;
+            file.write_all_at(&mut [IoSlice::new(line)], end)?;
+            if durable {
+                file.sync()?;
+            }
+            if durable && is_new { self.disk.sync_dir(&dir) } else { Ok(()) }
+        })
     }
 
     /// When to call [`Self::commit`] though nothing was handed over.
@@ -217,8 +235,8 @@ impl Steps {
             keys.retain(|key| !self.steps.get(key).is_some_and(Step::is_full));
         }
         self.commit_these(&keys.iter().collect::<Vec<_>>());
-        for NewVerdict { build, contents, reply } in std::mem::take(&mut self.verdicts) {
-            drop(reply.send(self.record_verdict(&build, &contents))); // whoever asked may have gone
+        for NewFile { build, kept, contents, reply } in std::mem::take(&mut self.files) {
+            drop(reply.send(self.keep(&build, kept, &contents))); // whoever asked may have gone
         }
         if due {
             let waits = self.waiting().next().is_some();
@@ -263,10 +281,10 @@ impl Steps {
         }
     }
 
-    /// Stores a verdict durably, unless there is another: the first one wins.
-    fn record_verdict(&mut self, build: &BuildId, contents: &[u8]) -> io::Result<bool> {
+    /// Stores a small file durably, unless there is another: the first one wins.
+    fn keep(&mut self, build: &BuildId, kept: Kept, contents: &[u8]) -> io::Result<bool> {
         let (dir, durable) = (self.root.join(build.as_str()), self.durability == Durability::Fsync);
-        let path = dir.join("verdict.json");
+        let path = dir.join(kept.name());
         // The same one again was perhaps not stored as it should be when it was tried before.
         if self.disk.exists(&path)? && self.disk.read(&path)? != contents {
             return Ok(false);
@@ -276,8 +294,10 @@ impl Steps {
             write_whole(&*self.disk, &path, contents, durable)?;
             if durable { self.disk.sync_dir(&self.root) } else { Ok(()) }
         })?;
-        for (_, step) in self.steps.iter_mut().filter(|((of, _), _)| of == build) {
-            step.current.iter_mut().for_each(Current::close);
+        if kept == Kept::Verdict {
+            for (_, step) in self.steps.iter_mut().filter(|((of, _), _)| of == build) {
+                step.current.iter_mut().for_each(Current::close);
+            }
         }
         Ok(true)
     }
@@ -316,6 +336,23 @@ impl Step {
             Some(_) | None => Ok(()),
         }
     }
+}
+
+/// Where reports are kept, in the directory of their build.
+pub(super) const REPORTS: &str = "reports";
+
+/// The end of the last whole line.
+fn end_of_lines(file: &dyn File) -> io::Result<u64> {
+    let mut end = file.len()?;
+    let mut last = [0];
+    while end > 0 {
+        file.read_exact_at(&mut last, end - 1)?;
+        if last == *b"\n" {
+            break;
+        }
+        end -= 1;
+    }
+    Ok(end)
 }
 
 fn why(code: CloseCode) -> &'static str {
@@ -373,6 +410,19 @@ mod tests {
         claim.write(Stream::Stdout, "more than it said it would be");
         assert!(matches!(scene.try_greet(&claim, claim.tally.next()), Err(OpenError::Contradiction(_))));
         assert_eq!(scene.greet(&agent, 0).receiver.next(), 1);
+    }
+
+    #[test]
+    fn reports_are_lines_and_a_torn_one_goes() {
+        let mut scene = Scene::new();
+        let build = "b".parse().unwrap();
+        scene.greet(&Agent::new(1), 0);
+        scene.steps.report(&build, b"one\n").unwrap();
+        scene.steps.report(&build, b"two\n").unwrap();
+        assert_eq!(scene.reports(), "one\ntwo\n");
+        std::fs::write(scene.path("b/reports"), "one\ntw").unwrap();
+        scene.steps.report(&build, b"three\n").unwrap();
+        assert_eq!(scene.reports(), "one\nthree\n");
     }
 
     #[test]
@@ -705,9 +755,14 @@ mod tests {
             Some((progress.next, progress.finished.is_some(), is_settled))
         }
 
+        fn reports(&self) -> String {
+            self.contents("b/reports")
+        }
+
         fn verdict(&mut self, contents: &str) -> io::Result<bool> {
             let (reply, mut recorded) = oneshot::channel();
-            self.steps.settle("b".parse().unwrap(), contents.into(), reply);
+            let build = "b".parse().unwrap();
+            self.steps.settle(NewFile { build, kept: Kept::Verdict, contents: contents.into(), reply });
             self.steps.commit();
             recorded.try_recv().unwrap()
         }

@@ -9,7 +9,10 @@ use tokio::{
     time::{sleep, timeout_at},
 };
 
-use super::{Job, steps::Steps};
+use super::{
+    Job,
+    steps::{NewFile, Steps},
+};
 use crate::tasks::Tasks;
 
 /// Serves jobs until the last way to it is gone.
@@ -91,7 +94,12 @@ impl Worker {
             Job::Survey { build, changed, reply } => {
                 drop(reply.send(self.steps.survey(&build, &changed))); // whoever asked may have gone
             }
-            Job::Verdict { build, contents, reply } => self.steps.settle(build, contents, reply),
+            Job::Keep { build, kept, contents, reply } => {
+                self.steps.settle(NewFile { build, kept, contents, reply });
+            }
+            Job::Report { build, line, reply } => {
+                drop(reply.send(self.steps.report(&build, &line))); // whoever told it may have gone
+            }
         }
     }
 }
