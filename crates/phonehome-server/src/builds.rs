@@ -15,7 +15,7 @@ use phonehome_env::disk::is_full;
 use phonehome_proto::{
     attempts::Lease,
     close::CloseCode,
-    frame::{Cancel, Finished, FinishedAck, Hello},
+    frame::{Cancel, Finished, FinishedAck, Hello, UnixMicros},
     id::{Attempt, BuildId, ProducerId, StepName},
 };
 use sha2::{Digest, Sha256};
@@ -34,6 +34,7 @@ pub use self::{
 };
 use crate::{
     declaration::Declaration,
+    report::Report,
     store::{AttemptFiles, OpenError, Opened, Store, Surveyed},
 };
 
@@ -121,6 +122,10 @@ pub(crate) struct Build {
     taken_up: watch::Sender<bool>,
     /// Fires when somebody does not want to wait for a verdict that cannot be written down.
     hurried: CancellationToken,
+    /// Wakes whoever keeps book when there is a new attempt.
+    arrived: Notify,
+    /// What launchers and exporters told.
+    reports: Mutex<Vec<Arc<Report>>>,
 }
 
 #[derive(Debug)]
@@ -171,8 +176,8 @@ impl Inner {
     }
 
     /// The verdict with what is stored at this moment, once it is known.
-    fn verdict(&self) -> Option<Verdict> {
-        self.life.verdict(|step| self.newest(step).map(|files| stored(files)))
+    fn verdict(&self, now: UnixMicros) -> Option<Verdict> {
+        self.life.verdict(|step| self.newest(step).map(|files| stored(files)), now)
     }
 
     /// Until when it is tried to write the verdict down.
@@ -220,6 +225,8 @@ impl Build {
             touched: Notify::new(),
             taken_up: watch::Sender::new(false),
             hurried: CancellationToken::new(),
+            arrived: Notify::new(),
+            reports: Mutex::new(Vec::new()),
         }
     }
 
@@ -306,6 +313,7 @@ impl Build {
         let files = &opened.writer.files;
         if inner.note_attempt(files) {
             info!(build = %self.id, %step, attempt = files.attempt, "connected");
+            self.arrived.notify_one();
         }
         inner.producers.insert((step.clone(), producer));
         if inner.rewound.contains(&(step.clone(), files.attempt)) {
@@ -410,7 +418,7 @@ impl Build {
         self.take_up().await;
         self.taken_up.send_replace(true);
         loop {
-            if let Some(verdict) = self.lock().verdict() {
+            if let Some(verdict) = self.lock().verdict(self.store.time_of_day()) {
                 return verdict;
             }
             let deadline = self.lock().poll_timeout();
@@ -546,6 +554,22 @@ impl Build {
                 return;
             }
         }
+    }
+
+    /// Waits for an attempt that was not there before. One waiter only.
+    pub(crate) async fn arrival(&self) {
+        self.arrived.notified().await;
+    }
+
+    /// Everything told so far, the oldest first.
+    pub(crate) fn reports(&self) -> Vec<Arc<Report>> {
+        self.reports.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Adds to what was told.
+    pub(crate) fn note_reports(&self, told: impl IntoIterator<Item = Report>) {
+        self.reports.lock().unwrap_or_else(PoisonError::into_inner).extend(told.into_iter().map(Arc::new));
+        self.changed.send_modify(|version| *version += 1);
     }
 
     /// The verdict, if there is one.

@@ -53,6 +53,7 @@ pub mod fuzzing;
 mod hook;
 mod identity;
 mod listener;
+mod report;
 mod server;
 mod store;
 mod tasks;

@@ -45,11 +45,11 @@ use std::{
     time::Duration,
 };
 
-use phonehome_env::{Env, disk::Disk};
+use phonehome_env::{Env, Nature, disk::Disk};
 use phonehome_proto::{
     attempts::Lease,
     close::CloseCode,
-    frame::{Durable, Finished, FinishedAck, Hello, Record},
+    frame::{Durable, Finished, FinishedAck, Hello, Record, UnixMicros},
     id::BuildId,
     receiver::Receiver,
     tally::Tally,
@@ -90,6 +90,7 @@ impl Durability {
 pub(crate) struct Store {
     jobs: mpsc::Sender<Job>,
     disk: Arc<dyn Disk>,
+    nature: Arc<dyn Nature>,
     root: Arc<PathBuf>,
     durability: Durability,
 }
@@ -227,7 +228,11 @@ impl Store {
         }
         let (jobs, queue) = mpsc::channel(QUEUE);
         Worker::start(env, queue, Steps::new(disk.clone(), root, durability), tasks)?;
-        Ok(Self { jobs, disk, root: Arc::new(root.to_owned()), durability })
+        Ok(Self { jobs, disk, nature: env.nature.clone(), root: Arc::new(root.to_owned()), durability })
+    }
+
+    pub(crate) fn time_of_day(&self) -> UnixMicros {
+        self.nature.now()
     }
 
     /// Where everything is.

@@ -9,7 +9,7 @@
 use std::{collections::BTreeMap, fmt, time::Duration};
 
 use phonehome_proto::{
-    frame::{Cancel, Counts, End, Finished, FinishedAck, Usage},
+    frame::{Cancel, Counts, End, Finished, FinishedAck, UnixMicros, Usage},
     id::{Attempt, Digest, StepName},
 };
 use serde::{Deserialize, Serialize};
@@ -107,6 +107,8 @@ pub struct Verdict {
     pub incomplete: Option<String>,
     /// What is stored, and for a complete step proven: in the order of declaration, without steps that never connected.
     pub steps: Vec<StepLog>,
+    /// When, microseconds since 1970.
+    pub ended: UnixMicros,
 }
 
 /// What is stored of a step at the end of its build: of its newest attempt, which is the one that counts.
@@ -142,20 +144,22 @@ struct VerdictFile {
     complete: bool,
     incomplete: Option<String>,
     steps: Vec<StepLog>,
+    #[serde(default)]
+    ended: UnixMicros,
 }
 
 impl From<Verdict> for VerdictFile {
     fn from(verdict: Verdict) -> Self {
         let complete = verdict.is_complete();
-        let Verdict { outcome, incomplete, steps } = verdict;
-        Self { outcome, complete, incomplete, steps }
+        let Verdict { outcome, incomplete, steps, ended } = verdict;
+        Self { outcome, complete, incomplete, steps, ended }
     }
 }
 
 impl From<VerdictFile> for Verdict {
     fn from(file: VerdictFile) -> Self {
-        let VerdictFile { outcome, complete: _, incomplete, steps } = file;
-        Self { outcome, incomplete, steps }
+        let VerdictFile { outcome, complete: _, incomplete, steps, ended } = file;
+        Self { outcome, incomplete, steps, ended }
     }
 }
 
@@ -362,11 +366,11 @@ impl Life {
         matches!(self.steps.get(step), Some(Step::Finished { .. }))
     }
 
-    /// The verdict, once it is known. `stored` tells what the store holds of a step.
-    pub(crate) fn verdict(&self, stored: impl Fn(&StepName) -> Option<Stored>) -> Option<Verdict> {
+    /// The verdict, once it is known. `stored` tells what the store holds of a step, `ended` is the time of day.
+    pub(crate) fn verdict(&self, stored: impl Fn(&StepName) -> Option<Stored>, ended: UnixMicros) -> Option<Verdict> {
         let Phase::Ended { outcome, incomplete } = &self.phase else { return None };
         let steps = self.order.iter().filter_map(|name| Some(self.step_log(name, stored(name)?))).collect();
-        Some(Verdict { outcome: outcome.clone(), incomplete: incomplete.clone(), steps })
+        Some(Verdict { outcome: outcome.clone(), incomplete: incomplete.clone(), steps, ended })
     }
 
     /// Of a complete log the agent's own account is told, which is what is stored, by definition.
@@ -678,7 +682,7 @@ mod tests {
         build.connect(1);
         build.finish("main", 3);
         let stored = Stored { attempt: 1, counts: counts(1), digest: Digest([0; 32]) };
-        let verdict = build.life.verdict(|_| Some(stored.clone())).unwrap();
+        let verdict = build.life.verdict(|_| Some(stored.clone()), 0).unwrap();
         let digest = "07".repeat(32);
         assert_eq!(
             serde_json::to_value(verdict).unwrap(),
@@ -700,7 +704,7 @@ mod tests {
         build.life.handle_finished(&step("main"), finished, FinishedAck::Complete, build.now);
         build.life.handle_cancel("enough".into(), build.now);
         let stored = Stored { attempt: 1, counts: counts(1), digest: Digest([0; 32]) };
-        let [main, other] = &build.life.verdict(|_| Some(stored.clone())).unwrap().steps[..] else { panic!() };
+        let [main, other] = &build.life.verdict(|_| Some(stored.clone()), 0).unwrap().steps[..] else { panic!() };
         assert_eq!((&main.end, main.usage), (&Some(end), usage));
         assert_eq!((&other.end, other.usage), (&None, None));
     }
@@ -792,13 +796,13 @@ mod tests {
         }
 
         fn verdict(&self) -> Verdict {
-            self.life.verdict(|_| None).unwrap()
+            self.life.verdict(|_| None, 0).unwrap()
         }
 
         /// The verdict's account of its first step, of which attempt `attempt` is stored.
         fn log(&self, attempt: Attempt) -> StepLog {
             let stored = Stored { attempt, counts: counts(2), digest: Digest([2; 32]) };
-            self.life.verdict(|_| Some(stored.clone())).unwrap().steps.remove(0)
+            self.life.verdict(|_| Some(stored.clone()), 0).unwrap().steps.remove(0)
         }
 
         fn connect(&mut self, attempt: Attempt) {

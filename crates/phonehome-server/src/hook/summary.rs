@@ -75,7 +75,8 @@ mod tests {
 
     #[test]
     fn a_complete_log_is_told_with_its_proof() {
-        let verdict = Verdict { outcome: Outcome::Succeeded, incomplete: None, steps: vec![log("main", 1_234_567, 3)] };
+        let verdict =
+            Verdict { outcome: Outcome::Succeeded, incomplete: None, steps: vec![log("main", 1_234_567, 3)], ended: 0 };
         let digest = "07".repeat(32);
         let expected = format!(
             "build succeeded; the log is complete: 1234567 bytes in 321 records, BLAKE3 {digest}, 3 cuts survived"
@@ -87,7 +88,8 @@ mod tests {
     #[test]
     fn several_steps_are_added_up_and_each_keeps_its_digest() {
         let outcome = Outcome::Failed { step: "test".parse().unwrap(), end: End::Exited(3) };
-        let verdict = Verdict { outcome, incomplete: None, steps: vec![log("build", 1, 1), log("test", 0, 0)] };
+        let verdict =
+            Verdict { outcome, incomplete: None, steps: vec![log("build", 1, 1), log("test", 0, 0)], ended: 0 };
         let digest = "07".repeat(32);
         let expected = format!(
             "build failed: step test: exit code 3; the log is complete: 1 byte in 642 records, \
@@ -101,7 +103,7 @@ mod tests {
     fn what_is_missing_is_told_and_what_is_stored_as_well() {
         let incomplete = Some("step main: its end never arrived".to_owned());
         let outcome = Outcome::Lost { step: "main".parse().unwrap() };
-        let lost = Verdict { outcome, incomplete, steps: vec![log("main", 6, 0)] };
+        let lost = Verdict { outcome, incomplete, steps: vec![log("main", 6, 0)], ended: 0 };
         let told = summary(&lost);
         let expected =
             "(exit code 121); the log is not complete: step main: its end never arrived; stored: 6 bytes in 321";
@@ -110,16 +112,16 @@ mod tests {
 
         let incomplete = Some("step main never connected".to_owned());
         let outcome = Outcome::TimedOut { clock: Clock::NeverConnected };
-        let nobody = summary(&Verdict { outcome, incomplete, steps: Vec::new() });
+        let nobody = summary(&Verdict { outcome, incomplete, steps: Vec::new(), ended: 0 });
         assert!(nobody.ends_with("(exit code 124); the log is not complete: step main never connected"), "{nobody}");
     }
 
     #[test]
     fn a_build_that_did_not_end_by_itself_is_never_passed_over() {
         let outcome = Outcome::Cancelled { reason: "hung up".into() };
-        assert!(!is_plain(&Verdict { outcome, incomplete: None, steps: vec![log("main", 6, 0)] }));
+        assert!(!is_plain(&Verdict { outcome, incomplete: None, steps: vec![log("main", 6, 0)], ended: 0 }));
         let incomplete = Some("the digest differs".to_owned());
-        assert!(!is_plain(&Verdict { outcome: Outcome::Succeeded, incomplete, steps: Vec::new() }));
+        assert!(!is_plain(&Verdict { outcome: Outcome::Succeeded, incomplete, steps: Vec::new(), ended: 0 }));
     }
 
     fn log(step: &str, bytes: u64, cuts: u64) -> StepLog {

@@ -1,0 +1,332 @@
+//! The standing server: many builds on one port, kept in one data directory over any number of restarts.
+//!
+//! What it adds to [`Server`](crate::Server): builds are declared over HTTP and durably, taken up again at the start, let
+//! go of some time after their end, and found again on the disk when somebody asks for them.
+
+use std::{
+    collections::BTreeMap,
+    io,
+    sync::{Arc, Mutex, PoisonError, Weak},
+    time::Duration,
+};
+
+use phonehome_proto::id::{BuildId, Digest};
+use subtle::ConstantTimeEq;
+use tokio::time::{sleep, timeout};
+use tracing::{info, warn};
+
+use crate::{
+    builds::{Build, Clocks, Verdict, hash_token},
+    catalogue::{Catalogue, Entry},
+    declaration::Declaration,
+    report::{MAX_REPORTS, Report},
+    server::Shared,
+    store::archive,
+    summary::Summary,
+    tasks::Tasks,
+};
+
+/// What a standing server is told at its start.
+#[derive(Debug, Clone)]
+pub(crate) struct Settings {
+    /// Clocks of a build that is declared without.
+    pub(crate) timeouts: Clocks,
+    /// Address that agents are told, `wss://host:port`; `None` derives it from the request.
+    pub(crate) advertise: Option<String>,
+    /// Whether this port speaks TLS.
+    pub(crate) tls: bool,
+    /// Builds that may run at once.
+    pub(crate) max_builds: usize,
+    /// SHA-256 of the tokens for everything, and for reading.
+    pub(crate) admin: Option<Digest>,
+    pub(crate) read: Option<Digest>,
+}
+
+/// The builds of a data directory, those that run and those that have ended.
+#[derive(Debug)]
+pub(crate) struct Standing {
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) catalogue: Catalogue,
+    pub(crate) settings: Settings,
+    /// The pin of this server's key.
+    pub(crate) pin: Option<String>,
+    tasks: Tasks,
+    /// Ended builds that somebody reads.
+    archived: Mutex<BTreeMap<BuildId, Weak<Build>>>,
+}
+
+/// Who makes a request.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Access {
+    Admin,
+    Launch,
+    Read,
+    /// With the token of this build's agents.
+    Build(BuildId),
+}
+
+/// What is asked for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Declare {
+    pub(crate) id: BuildId,
+    pub(crate) steps: Vec<phonehome_proto::id::StepName>,
+    pub(crate) labels: BTreeMap<String, String>,
+    /// The secret of its agents.
+    pub(crate) token: String,
+}
+
+/// Why a build is not declared.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum DeclareError {
+    #[error("build {0} is known already")]
+    Known(BuildId),
+    #[error("{0} builds are running, which is the limit; try again when some have ended")]
+    TooMany(usize),
+    #[error("the declaration cannot be stored")]
+    Storage(#[from] io::Error),
+}
+
+/// Why a report is not taken.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ReportError {
+    #[error("the build has {MAX_REPORTS} reports, which is the limit")]
+    TooMany,
+    #[error("the report cannot be stored")]
+    Storage(#[from] io::Error),
+}
+
+/// How long finished agents get to hear that their end was accepted, before their build leaves memory.
+const CONFIRMATION: Duration = Duration::from_secs(60);
+
+/// How long an ended build stays in memory after that: an agent that has missed the answer asks again.
+const LINGER: Duration = Duration::from_secs(120);
+
+impl Standing {
+    /// Opens the catalogue and takes up every build that an earlier process left running.
+    pub(crate) async fn open(
+        shared: Arc<Shared>,
+        tasks: Tasks,
+        settings: Settings,
+        pin: Option<String>,
+    ) -> io::Result<Arc<Self>> {
+        let data = shared.store.data().to_owned();
+        let catalogue = shared.env.blocking(move || Catalogue::open(&data)).await?;
+        let archived = Mutex::default();
+        let standing = Arc::new(Self { shared, catalogue, settings, pin, tasks, archived });
+        let found = standing.clone();
+        let running = standing.shared.env.blocking(move || found.reconcile()).await?;
+        for (id, declaration, reports) in running {
+            standing.resume(id, declaration, reports);
+        }
+        Ok(standing)
+    }
+
+    /// Makes the catalogue agree with the directories, and returns the builds that have no verdict.
+    fn reconcile(&self) -> io::Result<Vec<(BuildId, Declaration, Vec<Report>)>> {
+        let (disk, data) = (self.shared.store.disk(), self.shared.store.data());
+        let mut known = self.catalogue.ids()?;
+        let mut running = Vec::new();
+        for id in archive::list(disk, data)? {
+            if known.remove(&(id.as_str().to_owned(), true)) {
+                continue;
+            }
+            known.remove(&(id.as_str().to_owned(), false));
+            let Some(found) = archive::load(disk, data, &id)? else { continue };
+            let has_verdict = found.verdict.is_some();
+            match self.restore(&id, found) {
+                Some(build) if has_verdict => self.enter(&build)?,
+                Some(build) => {
+                    let reports = build.reports().iter().map(|report| (**report).clone()).collect();
+                    running.push((id, build.declaration.clone(), reports));
+                }
+                None => warn!(build = %id, "its build.json or verdict.json is missing or damaged: it is left alone"),
+            }
+        }
+        for (id, _) in known {
+            self.catalogue.remove(&id)?; // its directory is gone
+        }
+        Ok(running)
+    }
+
+    /// A build as it lies on the disk. Without a verdict it is good for its declaration and reports only.
+    fn restore(&self, id: &BuildId, found: archive::Archived) -> Option<Build> {
+        let verdict = found.verdict.as_deref().map(serde_json::from_slice::<Verdict>).transpose().ok()?;
+        let declaration = match found.declaration.as_deref().map(serde_json::from_slice::<Declaration>) {
+            Some(Ok(declaration)) => declaration,
+            Some(Err(_)) => return None,
+            None => undeclared(verdict.as_ref()?), // a hook's
+        };
+        let store = self.shared.store.clone();
+        let build = match verdict {
+            Some(verdict) => {
+                let attempts = found.attempts.into_iter().map(|attempt| attempt.files).collect();
+                Build::archived(id.clone(), declaration, verdict, attempts, store)
+            }
+            None => Build::new(id.clone(), declaration, Duration::ZERO, store),
+        };
+        build.note_reports(found.reports.as_deref().map(Report::parse_lines).unwrap_or_default());
+        Some(build)
+    }
+
+    /// Goes on with a build of an earlier process.
+    fn resume(self: &Arc<Self>, id: BuildId, declaration: Declaration, reports: Vec<Report>) {
+        let age = self.shared.env.nature.now().saturating_sub(declaration.created);
+        info!(build = %id, "taken up again");
+        let build = Build::new(id, declaration, Duration::from_micros(age), self.shared.store.clone());
+        build.note_reports(reports);
+        let build = Arc::new(build);
+        if self.shared.builds.insert(build.clone()) {
+            self.attend(build);
+        }
+    }
+
+    /// Starts to wait for a new build. Declaring the same build with the same token again changes nothing.
+    pub(crate) async fn declare(
+        self: &Arc<Self>,
+        declare: Declare,
+        timeouts: Clocks,
+    ) -> Result<Arc<Build>, DeclareError> {
+        let Declare { id, steps, labels, token } = declare;
+        if let Some(known) = self.find(&id).await? {
+            let is_same = known.declaration.token == hash_token(&token) && known.known_verdict().is_none();
+            return if is_same { Ok(known) } else { Err(DeclareError::Known(id)) };
+        }
+        let running = self.shared.builds.count();
+        if running >= self.settings.max_builds {
+            return Err(DeclareError::TooMany(running));
+        }
+        let created = self.shared.env.nature.now();
+        let declaration = Declaration { created, steps, labels, timeouts, token: hash_token(&token) };
+        if !self.shared.store.declare(&id, declaration.to_json()).await? {
+            return Err(DeclareError::Known(id)); // somebody else was quicker
+        }
+        let build = Arc::new(Build::new(id.clone(), declaration, Duration::ZERO, self.shared.store.clone()));
+        if !self.shared.builds.insert(build.clone()) {
+            return Err(DeclareError::Known(id));
+        }
+        self.attend(build.clone());
+        Ok(build)
+    }
+
+    /// Keeps book of a build until it leaves memory.
+    fn attend(self: &Arc<Self>, build: Arc<Build>) {
+        let (clock, shutdown) = (build.clone(), self.shared.shutdown.clone());
+        self.tasks.spawn(async move { clock.watch_clocks(&shutdown).await });
+        let (standing, shutdown) = (self.clone(), self.shared.shutdown.clone());
+        self.tasks.spawn(async move {
+            shutdown.run_until_cancelled(standing.keep_book(build)).await;
+        });
+    }
+
+    async fn keep_book(&self, build: Arc<Build>) {
+        loop {
+            self.enter_aside(&build).await;
+            tokio::select! {
+                biased; // the verdict is the last change
+                _ = build.verdict() => break,
+                () = build.arrival() => {}
+            }
+        }
+        self.enter_aside(&build).await;
+        drop(timeout(CONFIRMATION, build.confirmed()).await); // an agent that never comes back is not waited for
+        sleep(LINGER).await;
+        self.shared.builds.remove(&build.id);
+    }
+
+    async fn enter_aside(&self, build: &Arc<Build>) {
+        let (catalogue, entered) = (self.catalogue.clone(), build.clone());
+        let result = self.shared.env.blocking(move || catalogue.put(&entry(&entered)?)).await;
+        if let Err(error) = result {
+            warn!(build = %build.id, "the catalogue cannot be written: {error}");
+        }
+    }
+
+    /// Puts what is known of a build into the catalogue.
+    fn enter(&self, build: &Build) -> io::Result<()> {
+        self.catalogue.put(&entry(build)?)
+    }
+
+    /// A build, whether it runs or has ended.
+    pub(crate) async fn find(&self, id: &BuildId) -> io::Result<Option<Arc<Build>>> {
+        if let Some(build) = self.shared.builds.find(id).or_else(|| self.archived(id)) {
+            return Ok(Some(build));
+        }
+        let (disk, data, wanted) = (self.shared.store.disk().clone(), self.shared.store.data().to_owned(), id.clone());
+        let Some(found) = self.shared.env.blocking(move || archive::load(&disk, &data, &wanted)).await? else {
+            return Ok(None);
+        };
+        if found.verdict.is_none() {
+            return Ok(self.shared.builds.find(id)); // just being declared, or damaged
+        }
+        let Some(build) = self.restore(id, found).map(Arc::new) else { return Ok(None) };
+        let mut archived = self.archived.lock().unwrap_or_else(PoisonError::into_inner);
+        archived.retain(|_, build| build.strong_count() > 0);
+        archived.insert(id.clone(), Arc::downgrade(&build));
+        Ok(Some(build))
+    }
+
+    fn archived(&self, id: &BuildId) -> Option<Arc<Build>> {
+        self.archived.lock().unwrap_or_else(PoisonError::into_inner).get(id)?.upgrade()
+    }
+
+    /// The build that an agent's token is for.
+    pub(crate) async fn by_token(&self, token: &str) -> io::Result<Option<Arc<Build>>> {
+        if let Some(build) = self.shared.builds.by_token(token) {
+            return Ok(Some(build));
+        }
+        let (catalogue, hash) = (self.catalogue.clone(), hash_token(token));
+        match self.shared.env.blocking(move || catalogue.by_token(&hash)).await? {
+            Some(id) => self.find(&id).await,
+            None => Ok(None),
+        }
+    }
+
+    /// What a token allows.
+    pub(crate) async fn access(&self, token: &str) -> io::Result<Option<Access>> {
+        let hash = hash_token(token);
+        let is = |known: &Option<Digest>| known.is_some_and(|known| bool::from(known.0.ct_eq(&hash.0)));
+        if is(&self.settings.admin) {
+            return Ok(Some(Access::Admin));
+        }
+        if is(&self.settings.read) {
+            return Ok(Some(Access::Read));
+        }
+        Ok(self.by_token(token).await?.map(|build| Access::Build(build.id.clone())))
+    }
+
+    /// Takes a report, durably. The same thing again is counted in memory and not written again.
+    pub(crate) async fn report(&self, build: &Arc<Build>, report: Report) -> Result<(), ReportError> {
+        let reports = build.reports();
+        if reports.last().is_some_and(|last| last.repeats(&report) && last.count >= report.count) {
+            return Ok(());
+        }
+        if reports.len() >= MAX_REPORTS {
+            return Err(ReportError::TooMany);
+        }
+        self.shared.store.report(&build.id, report.to_line()).await?;
+        build.note_reports([report]);
+        self.enter_aside(build).await;
+        Ok(())
+    }
+}
+
+/// What the catalogue has of a build.
+pub(crate) fn entry(build: &Build) -> io::Result<Entry> {
+    let (mut labels, mut stored, mut sealed) = (BTreeMap::new(), 0, true);
+    for (files, _) in build.attempts() {
+        labels.extend(files.owner()?.labels);
+        stored += files.size_on_disk()?;
+        sealed &= files.is_sealed()?;
+    }
+    let verdict = build.known_verdict();
+    let summary = Summary::of(build, labels, sealed && verdict.is_some());
+    let ended = verdict.map(|verdict| verdict.ended);
+    Ok(Entry { summary, created: build.declaration.created, ended, token: build.declaration.token, stored })
+}
+
+/// The declaration of a build that was not declared: nobody has its token.
+fn undeclared(verdict: &Verdict) -> Declaration {
+    let steps = verdict.steps.iter().map(|log| log.step.clone()).collect();
+    let token = hash_token(&format!("of nobody: {}", verdict.ended));
+    Declaration { created: verdict.ended, steps, labels: BTreeMap::new(), timeouts: Clocks::default(), token }
+}
