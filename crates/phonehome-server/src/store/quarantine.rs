@@ -47,7 +47,7 @@ pub(super) struct Rewrite {
 /// Payload bytes and records written at a time.
 const GATHER: (usize, usize) = (256 * 1024, 1024);
 
-const REPAIR: &str = "repair.json";
+pub(super) const REPAIR: &str = "repair.json";
 const FINISHED: &str = "finished.json";
 const OWNER: &str = "attempt.json";
 
