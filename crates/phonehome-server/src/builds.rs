@@ -572,6 +572,12 @@ impl Build {
         self.changed.send_modify(|version| *version += 1);
     }
 
+    /// Bytes of output that are stored, over all attempts.
+    pub(crate) fn output_bytes(&self) -> io::Result<u64> {
+        let attempts = self.lock().attempts.clone();
+        attempts.iter().map(|files| files.output_bytes()).sum()
+    }
+
     /// The verdict, if there is one.
     pub(crate) fn known_verdict(&self) -> Option<Verdict> {
         self.verdict.borrow().clone()

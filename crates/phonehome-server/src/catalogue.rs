@@ -98,7 +98,8 @@ impl Catalogue {
             }
         }
         let connection = connect(&path).map_err(io::Error::other)?;
-        let made = connection.execute_batch(SCHEMA).and_then(|()| connection.pragma_update(None, "user_version", VERSION));
+        let made =
+            connection.execute_batch(SCHEMA).and_then(|()| connection.pragma_update(None, "user_version", VERSION));
         made.map_err(io::Error::other)?;
         Ok(Self(Arc::new(Mutex::new(connection))))
     }
@@ -151,7 +152,9 @@ impl Catalogue {
     /// The build a token is for.
     pub(crate) fn by_token(&self, token: &TokenHash) -> io::Result<Option<BuildId>> {
         let found: Option<String> = self.with(|connection| {
-            connection.query_row("SELECT id FROM builds WHERE token = ?1", [token.0.as_slice()], |row| row.get(0)).optional()
+            connection
+                .query_row("SELECT id FROM builds WHERE token = ?1", [token.0.as_slice()], |row| row.get(0))
+                .optional()
         })?;
         Ok(found.and_then(|id| id.parse().ok()))
     }
@@ -195,9 +198,7 @@ impl Catalogue {
         );
         let mut rows: Vec<(i64, String, String)> = self.with(|connection| {
             let mut query = connection.prepare(&sql)?;
-            query
-                .query_map(params_from_iter(values), |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))?
-                .collect()
+            query.query_map(params_from_iter(values), |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))?.collect()
         })?;
         let has_more = rows.len() > filter.limit;
         rows.truncate(filter.limit);
@@ -317,7 +318,8 @@ mod tests {
         put(&catalogue, "b", 1, None, &[]);
         drop(catalogue);
         assert_eq!(Catalogue::open(dir.path()).unwrap().ids().unwrap().len(), 1);
-        std::fs::write(dir.path().join(FILE), "this is no database, and long enough to be sure of it".repeat(99)).unwrap();
+        std::fs::write(dir.path().join(FILE), "this is no database, and long enough to be sure of it".repeat(99))
+            .unwrap();
         assert!(Catalogue::open(dir.path()).unwrap().ids().unwrap().is_empty());
     }
 

@@ -2,6 +2,7 @@
 
 mod healthcheck;
 mod hook_args;
+mod serve_args;
 
 use std::process::ExitCode;
 
@@ -9,7 +10,7 @@ use clap::{Parser, Subcommand, ValueEnum, error::ErrorKind};
 use tokio::sync::mpsc;
 use tracing::level_filters::LevelFilter;
 
-use self::hook_args::HookArgs;
+use self::{hook_args::HookArgs, serve_args::ServeArgs};
 use crate::hook::{self, Notice, notices};
 
 /// Receives builds that phone home.
@@ -26,6 +27,7 @@ struct Args {
 #[derive(Subcommand)]
 enum Command {
     Hook(Box<HookArgs>),
+    Serve(Box<ServeArgs>),
     Healthcheck(healthcheck::HealthcheckArgs),
 }
 
@@ -80,6 +82,7 @@ pub fn main() -> ExitCode {
 fn run(args: Args) -> u8 {
     match args.command {
         Command::Hook(args) => run_hook(*args),
+        Command::Serve(args) => run_serve(&args),
         Command::Healthcheck(args) => told(healthcheck::run(&args).map(|()| 0)),
     }
 }
@@ -94,6 +97,11 @@ fn run_hook(args: HookArgs) -> u8 {
         Ok(code)
     });
     told(result)
+}
+
+fn run_serve(args: &ServeArgs) -> u8 {
+    write_log(args.log_format, args.log_level);
+    told(serve_args::run(args).map(|()| 0))
 }
 
 /// One for the sockets and one for the printer; the store has a thread of its own.
@@ -115,6 +123,19 @@ fn explain(usage: &clap::Error) -> ExitCode {
     } else {
         ExitCode::from(EXIT_FAILURE)
     }
+}
+
+/// The log goes to standard error.
+fn write_log(format: Format, level: Level) {
+    let builder = tracing_subscriber::fmt()
+        .with_max_level(LevelFilter::from(level))
+        .with_ansi(false)
+        .with_writer(std::io::stderr);
+    let result = match format {
+        Format::Text => builder.with_target(false).try_init(),
+        Format::Json => builder.json().flatten_event(true).try_init(),
+    };
+    drop(result); // a second log in one process is refused, the first goes on
 }
 
 /// The log goes through the printer, so that its lines stay out of the build's.

@@ -42,6 +42,8 @@
 //! `examples/receive_hook.rs` is a whole pre-receive hook.
 
 mod builds;
+#[cfg(feature = "http")]
+mod catalogue;
 #[cfg(feature = "cli")]
 pub mod cli;
 mod connection;
@@ -51,11 +53,17 @@ mod declaration;
 pub mod fuzzing;
 #[cfg(feature = "cli")]
 mod hook;
+#[cfg(feature = "http")]
+mod http;
 mod identity;
 mod listener;
 mod report;
+#[cfg(feature = "http")]
+mod serve;
 mod server;
 mod store;
+#[cfg(feature = "http")]
+mod summary;
 mod tasks;
 mod words;
 

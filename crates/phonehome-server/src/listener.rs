@@ -9,7 +9,7 @@ use http::{
         SEC_WEBSOCKET_VERSION, UPGRADE, WWW_AUTHENTICATE,
     },
 };
-use http_body_util::Full;
+use http_body_util::{BodyExt, Full};
 use hyper::{body::Incoming, service::service_fn, upgrade::OnUpgrade};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use phonehome_env::{network, websocket};
@@ -30,7 +30,7 @@ use tracing::{Instrument, debug, info_span, warn};
 
 use crate::{builds::Build, connection::Connection, server::Shared, tasks::Tasks};
 
-type Body = Full<bytes::Bytes>;
+type Body = http_body_util::combinators::UnsyncBoxBody<bytes::Bytes, Box<dyn std::error::Error + Send + Sync>>;
 
 /// Accepts connections until the server shuts down.
 pub(crate) struct Listener {
@@ -38,7 +38,15 @@ pub(crate) struct Listener {
     tls: Option<TlsAcceptor>,
     shared: Arc<Shared>,
     tasks: Tasks,
+    front: Front,
     strangers: Arc<Semaphore>,
+}
+
+/// What a server has beside its agents' connections.
+#[derive(Clone, Default)]
+pub(crate) struct Front {
+    #[cfg(feature = "http")]
+    pub(crate) standing: Option<(Arc<crate::serve::Standing>, axum::Router)>,
 }
 
 /// Sockets that have not shown a valid token yet. More wait in the system's accept queue.
@@ -54,9 +62,15 @@ const READ_BUFFER: usize = 64 * 1024;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 impl Listener {
-    pub(crate) fn new(socket: TcpListener, tls: Option<Arc<ServerConfig>>, shared: Arc<Shared>, tasks: Tasks) -> Self {
+    pub(crate) fn new(
+        socket: TcpListener,
+        tls: Option<Arc<ServerConfig>>,
+        shared: Arc<Shared>,
+        tasks: Tasks,
+        front: Front,
+    ) -> Self {
         let strangers = Arc::new(Semaphore::new(MAX_STRANGERS));
-        Self { socket, tls: tls.map(TlsAcceptor::from), shared, tasks, strangers }
+        Self { socket, tls: tls.map(TlsAcceptor::from), shared, tasks, front, strangers }
     }
 
     pub(crate) async fn run(self) {
@@ -77,7 +91,12 @@ impl Listener {
     }
 
     fn spawn(&self, tcp: TcpStream, peer: SocketAddr, permit: OwnedSemaphorePermit) {
-        let visitor = Visitor { tls: self.tls.clone(), shared: self.shared.clone(), tasks: self.tasks.clone() };
+        let visitor = Visitor {
+            tls: self.tls.clone(),
+            shared: self.shared.clone(),
+            tasks: self.tasks.clone(),
+            front: self.front.clone(),
+        };
         let shutdown = self.shared.shutdown.clone();
         let span = info_span!("agent", %peer);
         self.tasks.spawn(
@@ -100,6 +119,7 @@ pub(crate) struct Visitor {
     pub(crate) tls: Option<TlsAcceptor>,
     pub(crate) shared: Arc<Shared>,
     pub(crate) tasks: Tasks,
+    pub(crate) front: Front,
 }
 
 impl Visitor {
@@ -120,7 +140,7 @@ impl Visitor {
         self,
         stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
     ) -> io::Result<()> {
-        let service = service_fn(|request| std::future::ready(Ok::<_, Infallible>(self.answer(request))));
+        let service = service_fn(async |request| Ok::<_, Infallible>(self.answer(request).await));
         hyper::server::conn::http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(HANDSHAKE_TIMEOUT)
@@ -131,30 +151,34 @@ impl Visitor {
             .map_err(io::Error::other)
     }
 
-    fn answer(&self, request: Request<Incoming>) -> Response<Body> {
-        match request.uri().path() {
+    async fn answer(&self, request: Request<Incoming>) -> Response<Body> {
+        let path = request.uri().path();
+        if path == AGENT_PATH || path.ends_with(AGENT_PATH) {
+            return self.upgrade(request).await.unwrap_or_else(|refused| {
+                self.shared.note_refusal(&format!("it was answered {}", refused.status()));
+                refused
+            });
+        }
+        #[cfg(feature = "http")]
+        if let Some((_, router)) = &self.front.standing {
+            return answer_by(router, request).await;
+        }
+        match path {
             "/healthz" if matches!(*request.method(), Method::GET | Method::HEAD) => text(StatusCode::OK, "ok\n"),
             "/healthz" => text(StatusCode::METHOD_NOT_ALLOWED, "only GET\n"),
-            path if path == AGENT_PATH || path.ends_with(AGENT_PATH) => {
-                self.upgrade(request).unwrap_or_else(|refused| {
-                    self.shared.note_refusal(&format!("it was answered {}", refused.status()));
-                    refused
-                })
-            }
             _ => text(StatusCode::NOT_FOUND, "not found; agents connect to /v1/agent\n"),
         }
     }
 
     /// Checks the handshake (RFC 6455, section 4.2.1), the version and the token, in that order.
-    #[expect(clippy::result_large_err, reason = "both sides are answers, made once per connection")]
-    fn upgrade(&self, mut request: Request<Incoming>) -> Result<Response<Body>, Response<Body>> {
+    async fn upgrade(&self, mut request: Request<Incoming>) -> Result<Response<Body>, Response<Body>> {
         let key = websocket_key(&request)?.clone();
         let codec = codec(request.headers())?;
-        let build = self.build(request.headers())?;
+        let build = self.build(request.headers()).await?;
         let upgraded = hyper::upgrade::on(&mut request);
         let connection = welcome(upgraded, codec, build, self.shared.clone());
         self.tasks.spawn(connection.in_current_span());
-        let mut response = Response::new(Body::default());
+        let mut response = Response::new(body(""));
         *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
         let headers = response.headers_mut();
         headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
@@ -166,8 +190,7 @@ impl Visitor {
         Ok(response)
     }
 
-    #[expect(clippy::result_large_err, reason = "the error is an answer, made once per connection")]
-    fn build(&self, headers: &HeaderMap) -> Result<Arc<Build>, Response<Body>> {
+    async fn build(&self, headers: &HeaderMap) -> Result<Arc<Build>, Response<Body>> {
         let refused = |why| {
             let mut response = text(StatusCode::UNAUTHORIZED, why);
             response.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
@@ -178,13 +201,35 @@ impl Visitor {
         if !scheme.eq_ignore_ascii_case("bearer") {
             return Err(refused("a bearer token is required\n"));
         }
-        self.shared.builds.by_token(token.trim()).ok_or_else(|| {
-            if self.shared.builds.is_empty() {
+        match self.by_token(token.trim()).await {
+            Ok(Some(build)) => Ok(build),
+            Ok(None) if self.may_not_know_yet() => {
                 // A server that was started again hears from agents before it is told what to expect: 401 would be final.
-                return text(StatusCode::SERVICE_UNAVAILABLE, "no build is expected here yet\n");
+                Err(text(StatusCode::SERVICE_UNAVAILABLE, "no build is expected here yet\n"))
             }
-            refused("the token is not valid here\n")
-        })
+            Ok(None) => Err(refused("the token is not valid here\n")),
+            Err(error) => {
+                warn!("cannot look a token up: {error}");
+                Err(text(StatusCode::SERVICE_UNAVAILABLE, "storage is not available\n"))
+            }
+        }
+    }
+
+    async fn by_token(&self, token: &str) -> io::Result<Option<Arc<Build>>> {
+        #[cfg(feature = "http")]
+        if let Some((standing, _)) = &self.front.standing {
+            return standing.by_token(token).await;
+        }
+        Ok(self.shared.builds.by_token(token))
+    }
+
+    /// Whether a token that is not known may become so. A standing server knows from its start what it was told before.
+    fn may_not_know_yet(&self) -> bool {
+        #[cfg(feature = "http")]
+        if self.front.standing.is_some() {
+            return false;
+        }
+        self.shared.builds.is_empty()
     }
 }
 
@@ -227,8 +272,19 @@ fn codec(headers: &HeaderMap) -> Result<Codec, Response<Body>> {
     })
 }
 
+/// What the API answers.
+#[cfg(feature = "http")]
+async fn answer_by(router: &axum::Router, request: Request<Incoming>) -> Response<Body> {
+    let Ok(response) = tower_service::Service::call(&mut router.clone(), request).await;
+    response.map(|body| body.map_err(Into::into).boxed_unsync())
+}
+
+fn body(text: &'static str) -> Body {
+    Full::from(text).map_err(|never| match never {}).boxed_unsync()
+}
+
 fn text(status: StatusCode, text: &'static str) -> Response<Body> {
-    let mut response = Response::new(Body::from(text));
+    let mut response = Response::new(body(text));
     *response.status_mut() = status;
     response
 }

@@ -126,7 +126,7 @@ impl Standing {
         let (disk, data) = (self.shared.store.disk(), self.shared.store.data());
         let mut known = self.catalogue.ids()?;
         let mut running = Vec::new();
-        for id in archive::list(disk, data)? {
+        for id in archive::list(&**disk, data)? {
             if known.remove(&(id.as_str().to_owned(), true)) {
                 continue;
             }
@@ -314,12 +314,12 @@ impl Standing {
 pub(crate) fn entry(build: &Build) -> io::Result<Entry> {
     let (mut labels, mut stored, mut sealed) = (BTreeMap::new(), 0, true);
     for (files, _) in build.attempts() {
-        labels.extend(files.owner()?.labels);
+        labels.extend(files.labels()?.1);
         stored += files.size_on_disk()?;
         sealed &= files.is_sealed()?;
     }
     let verdict = build.known_verdict();
-    let summary = Summary::of(build, labels, sealed && verdict.is_some());
+    let summary = Summary::of(build, labels, sealed && verdict.is_some())?;
     let ended = verdict.map(|verdict| verdict.ended);
     Ok(Entry { summary, created: build.declaration.created, ended, token: build.declaration.token, stored })
 }

@@ -19,7 +19,7 @@ use crate::{
     builds::{Build, BuildLog, Builds, Clocks, Verdict, hash_token},
     declaration::Declaration,
     identity::{Identity, IdentityError},
-    listener::{Listener, Visitor},
+    listener::{Front, Listener, Visitor},
     store::{Durability, Store},
     tasks::Tasks,
 };
@@ -153,8 +153,38 @@ impl Server {
         let (tls, pin) = identity.map_or((None, None), |identity| (Some(identity.config), Some(identity.pin)));
         let mut server = Self::deaf(Env::real(), &config)?;
         (server.address, server.pin) = (address, pin);
-        server.tasks.spawn(Listener::new(socket, tls, server.shared.clone(), server.tasks.clone()).run());
+        server.listen(socket, tls, Front::default());
         Ok(server)
+    }
+
+    /// Starts to accept connections.
+    fn listen(&self, socket: TcpListener, tls: Option<Arc<rustls::ServerConfig>>, front: Front) {
+        self.tasks.spawn(Listener::new(socket, tls, self.shared.clone(), self.tasks.clone(), front).run());
+    }
+
+    /// Binds, opens the store, takes up the builds in it, and starts to serve agents and the API.
+    ///
+    /// # Errors
+    ///
+    /// When address, data directory or key cannot be had.
+    #[cfg(feature = "http")]
+    pub(crate) async fn stand(
+        config: Config,
+        settings: crate::serve::Settings,
+        identity: Option<Identity>,
+    ) -> Result<(Self, Arc<crate::serve::Standing>), StartError> {
+        let store = |error| StartError::Store(config.data.clone(), error);
+        let bind = |error| StartError::Bind(config.listen, error);
+        let socket = TcpListener::bind(config.listen).await.map_err(bind)?;
+        let mut server = Self::deaf(Env::real(), &config)?;
+        server.address = socket.local_addr().map_err(bind)?;
+        let (tls, pin) = identity.map_or((None, None), |identity| (Some(identity.config), Some(identity.pin)));
+        server.pin.clone_from(&pin);
+        let opened = crate::serve::Standing::open(server.shared.clone(), server.tasks.clone(), settings, pin);
+        let standing = opened.await.map_err(store)?;
+        let router = crate::http::router(standing.clone());
+        server.listen(socket, tls, Front { standing: Some((standing.clone(), router)) });
+        Ok((server, standing))
     }
 
     /// A server that does not listen, on a machine of the caller's making: what reaches it comes through
@@ -202,7 +232,8 @@ impl Server {
 
     /// Serves a connection that was accepted elsewhere, on a unix socket say. Nothing is encrypted here.
     pub fn serve(&self, stream: impl Transport + 'static) {
-        let visitor = Visitor { tls: None, shared: self.shared.clone(), tasks: self.tasks.clone() };
+        let visitor =
+            Visitor { tls: None, shared: self.shared.clone(), tasks: self.tasks.clone(), front: Front::default() };
         self.tasks.spawn(async move {
             if let Err(error) = visitor.serve_http(stream).await {
                 debug!("the connection ended before it was one: {error}");
@@ -310,10 +341,10 @@ impl ExpectedBuild {
 }
 
 /// 256 random bits behind a prefix that secret scanners can look for.
-fn draw_token(env: &Env) -> io::Result<String> {
+pub(crate) fn draw_token(env: &Env) -> io::Result<String> {
     let mut secret = [0; 32];
     env.nature.fill(&mut secret)?;
     Ok(format!("{TOKEN_PREFIX}{}", phonehome_proto::id::Digest(secret)))
 }
 
-const TOKEN_PREFIX: &str = "phonehome_build_";
+pub(crate) const TOKEN_PREFIX: &str = "phonehome_build_";

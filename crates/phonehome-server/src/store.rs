@@ -22,7 +22,6 @@
 //! again, while its agent waits for the acknowledgement; other errors end the attempt's connection, and the next hello
 //! goes on from what is durable.
 
-#[cfg_attr(not(test), expect(dead_code, reason = "the standing server reads what the hook never does"))]
 pub(crate) mod archive;
 mod attempt;
 mod current;

@@ -1,6 +1,6 @@
 //! What a list says of a build: a line of `builds`, an element of `GET builds`, a row of the catalogue.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, io};
 
 use phonehome_proto::{
     frame::UnixMicros,
@@ -39,11 +39,11 @@ pub(crate) struct Summary {
 
 impl Summary {
     /// What is known of a build at this moment. `labels` are those that its agents tell, which the declared ones cover.
-    pub(crate) fn of(build: &Build, mut labels: BTreeMap<String, String>, sealed: bool) -> Self {
+    pub(crate) fn of(build: &Build, mut labels: BTreeMap<String, String>, sealed: bool) -> io::Result<Self> {
         let verdict = build.known_verdict();
         let declaration = &build.declaration;
         labels.extend(declaration.labels.clone());
-        Self {
+        Ok(Self {
             id: build.id.clone(),
             state: build.phase(),
             verdict: verdict.as_ref().map(|verdict| kind(&verdict.outcome).to_owned()),
@@ -54,10 +54,10 @@ impl Summary {
             ended: verdict.as_ref().map(|verdict| rfc3339(verdict.ended)),
             labels,
             steps: declaration.steps.clone(),
-            bytes: build.output_bytes(),
+            bytes: build.output_bytes()?,
             report: build.reports().last().map(|report| (**report).clone()),
             sealed,
-        }
+        })
     }
 
     #[cfg(test)]

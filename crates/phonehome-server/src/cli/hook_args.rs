@@ -117,7 +117,7 @@ pub(super) struct HookArgs {
 
 /// A duration, or none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Limit(Option<Duration>);
+pub(super) struct Limit(pub(super) Option<Duration>);
 
 impl FromStr for Limit {
     type Err = String;
@@ -128,7 +128,7 @@ impl FromStr for Limit {
 }
 
 /// A time such as 90s or 1h 30m.
-fn duration(text: &str) -> Result<Duration, String> {
+pub(super) fn duration(text: &str) -> Result<Duration, String> {
     let time = humantime::parse_duration(text).map_err(|error| error.to_string())?;
     if time > LONGEST { Err("the longest time is 10 years, use off for no limit".into()) } else { Ok(time) }
 }

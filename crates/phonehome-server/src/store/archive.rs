@@ -17,6 +17,7 @@ use super::{
     index::{ENTRY, Entry},
     log::stored_len,
     quarantine,
+    steps::REPORTS,
 };
 
 /// A build as it lies on the disk.
@@ -26,6 +27,8 @@ pub(crate) struct Archived {
     pub(crate) declaration: Option<Vec<u8>>,
     /// `verdict.json`, as it was written.
     pub(crate) verdict: Option<Vec<u8>>,
+    /// `reports`, as far as they were written.
+    pub(crate) reports: Option<Vec<u8>>,
     /// By the name of the step and by number.
     pub(crate) attempts: Vec<ArchivedAttempt>,
 }
@@ -70,7 +73,8 @@ pub(crate) fn load(disk: &Arc<dyn Disk>, data: &Path, build: &BuildId) -> io::Re
     }
     let declaration = read_optional(&**disk, &dir.join("build.json"))?;
     let verdict = read_optional(&**disk, &dir.join("verdict.json"))?;
-    Ok(Some(Archived { declaration, verdict, attempts }))
+    let reports = read_optional(&**disk, &dir.join(REPORTS))?;
+    Ok(Some(Archived { declaration, verdict, reports, attempts }))
 }
 
 /// Every build that has a directory, sorted.

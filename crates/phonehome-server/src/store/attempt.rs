@@ -16,7 +16,10 @@ use phonehome_proto::{
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
-use super::index::{ENTRY, Entry};
+use super::{
+    index::{ENTRY, Entry},
+    log::NAMES,
+};
 
 /// Whose an attempt is, where it lies, how far it has got.
 #[derive(Debug)]
@@ -69,6 +72,55 @@ impl AttemptFiles {
     /// Opens one of the files to read it.
     pub(super) fn open(&self, name: &str) -> io::Result<Box<dyn File>> {
         self.disk.open(&self.dir.join(name), Open::Read)
+    }
+
+    /// What its agent said about itself when it came.
+    ///
+    /// # Errors
+    ///
+    /// When the file cannot be read. One that is missing or damaged says nothing.
+    pub(crate) fn labels(&self) -> io::Result<(String, BTreeMap<String, String>)> {
+        let text = read_optional(&*self.disk, &self.dir.join("attempt.json"))?.unwrap_or_default();
+        Ok(serde_json::from_slice::<Owner>(&text)
+            .map_or_else(|_| Default::default(), |owner| (owner.agent, owner.labels)))
+    }
+
+    /// Bytes that its logs have on the disk, compressed or not.
+    ///
+    /// # Errors
+    ///
+    /// When they cannot be looked at.
+    pub(crate) fn size_on_disk(&self) -> io::Result<u64> {
+        let mut size = 0;
+        for name in NAMES {
+            for name in [name.to_owned(), format!("{name}.zst")] {
+                match self.disk.open(&self.dir.join(name), Open::Read) {
+                    Ok(file) => size += file.len()?,
+                    Err(error) if is_missing(&error) => {}
+                    Err(error) => return Err(error),
+                }
+            }
+        }
+        Ok(size)
+    }
+
+    /// Whether its logs are compressed.
+    ///
+    /// # Errors
+    ///
+    /// When the directory cannot be looked at.
+    pub(crate) fn is_sealed(&self) -> io::Result<bool> {
+        Ok(!self.disk.exists(&self.dir.join("index"))?)
+    }
+
+    /// Bytes of output that are stored.
+    ///
+    /// # Errors
+    ///
+    /// When the file cannot be looked at.
+    pub(crate) fn output_bytes(&self) -> io::Result<u64> {
+        let counted = self.progress.borrow().tally.clone();
+        if counted.next() > 0 { Ok(counted.counts().output_bytes()) } else { self.open("log")?.len() }
     }
 
     /// Checksum of a record that is stored, whether synced or not.

@@ -1,0 +1,48 @@
+//! The API over HTTP: what it consists of, and what every part of it shares.
+//!
+//! Handlers ask [`Standing`] and answer; they decide nothing. Errors are problem details (RFC 9457) throughout.
+
+mod auth;
+mod body;
+mod builds;
+mod health;
+mod params;
+mod problem;
+mod reports;
+
+use std::sync::Arc;
+
+use axum::{
+    Router,
+    routing::{get, post},
+};
+
+use self::problem::Problem;
+use crate::serve::Standing;
+
+/// Everything that is served beside the agents.
+pub(crate) fn router(standing: Arc<Standing>) -> Router {
+    let api = Router::new()
+        .route("/builds", get(builds::list).post(builds::declare))
+        .route("/builds/{id}", get(builds::show))
+        .route("/builds/{id}/cancel", post(builds::cancel))
+        .route("/builds/{id}/events", post(reports::report))
+        .route("/builds/{id}/wait", get(builds::wait))
+        .route("/events", post(reports::report_of_any))
+        .route("/version", get(health::version));
+    Router::new()
+        .nest("/api/v1", api)
+        .route("/healthz", get(health::alive))
+        .route("/readyz", get(health::ready))
+        .fallback(unknown_path)
+        .method_not_allowed_fallback(wrong_method)
+        .with_state(standing)
+}
+
+async fn unknown_path() -> Problem {
+    Problem::unknown_path()
+}
+
+async fn wrong_method() -> Problem {
+    Problem::wrong_method()
+}

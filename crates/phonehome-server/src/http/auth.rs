@@ -1,0 +1,77 @@
+//! Who asks, and whether they may.
+
+use std::sync::Arc;
+
+use axum::extract::{FromRef, FromRequestParts};
+use http::{header::AUTHORIZATION, request::Parts};
+use phonehome_proto::id::BuildId;
+
+use super::problem::Problem;
+use crate::serve::{Access, Standing};
+
+/// A caller whose token is known.
+pub(crate) struct Caller(Access);
+
+impl Caller {
+    /// Lets everybody pass who may read builds.
+    pub(crate) fn may_read(&self) -> Result<(), Problem> {
+        match &self.0 {
+            Access::Admin | Access::Launch | Access::Read => Ok(()),
+            Access::Build(_) => Err(refused("a build's own token is for its agents and for reports on it")),
+        }
+    }
+
+    /// Lets everybody pass who may start and stop builds.
+    pub(crate) fn may_launch(&self) -> Result<(), Problem> {
+        match &self.0 {
+            Access::Admin | Access::Launch => Ok(()),
+            Access::Read => Err(refused("a read token only reads")),
+            Access::Build(_) => Err(refused("a build's own token is for its agents and for reports on it")),
+        }
+    }
+
+    /// Lets everybody pass who may tell about a build.
+    pub(crate) fn may_report(&self, build: &BuildId) -> Result<(), Problem> {
+        match &self.0 {
+            Access::Build(own) if own == build => Ok(()),
+            Access::Build(_) => Err(refused("the token is for another build")),
+            Access::Admin | Access::Launch | Access::Read => self.may_launch(),
+        }
+    }
+
+    /// Lets those pass who may do everything.
+    pub(crate) fn may_administer(&self) -> Result<(), Problem> {
+        match &self.0 {
+            Access::Admin => Ok(()),
+            Access::Launch | Access::Read | Access::Build(_) => Err(refused("this needs an admin token")),
+        }
+    }
+}
+
+fn refused(why: &str) -> Problem {
+    Problem::forbidden(why)
+}
+
+impl<S: Send + Sync> FromRequestParts<S> for Caller
+where
+    Arc<Standing>: FromRef<S>,
+{
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
+        let standing = Arc::<Standing>::from_ref(state);
+        let mut given = parts.headers.get_all(AUTHORIZATION).iter();
+        let header = given.next().ok_or_else(|| Problem::unauthorized("send Authorization: Bearer TOKEN"))?;
+        if given.next().is_some() {
+            return Err(Problem::unauthorized("more than one Authorization header"));
+        }
+        let (scheme, token) = header.to_str().ok().and_then(|value| value.split_once(' ')).unwrap_or_default();
+        if !scheme.eq_ignore_ascii_case("bearer") {
+            return Err(Problem::unauthorized("send Authorization: Bearer TOKEN"));
+        }
+        match standing.access(token.trim()).await? {
+            Some(access) => Ok(Self(access)),
+            None => Err(Problem::unauthorized("the token is not known here, or was revoked")),
+        }
+    }
+}

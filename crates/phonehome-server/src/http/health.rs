@@ -1,0 +1,25 @@
+//! Whether the server lives, and whether it may be given work.
+
+use std::sync::Arc;
+
+use axum::{Json, extract::State};
+use serde_json::{Value, json};
+
+use super::problem::Problem;
+use crate::serve::Standing;
+
+pub(crate) async fn alive() -> &'static str {
+    "ok\n"
+}
+
+pub(crate) async fn ready(State(standing): State<Arc<Standing>>) -> Result<&'static str, Problem> {
+    if standing.shared.shutdown.is_cancelled() {
+        Err(Problem::unavailable("the server is draining"))
+    } else {
+        Ok("ok\n")
+    }
+}
+
+pub(crate) async fn version() -> Json<Value> {
+    Json(json!({"version": env!("CARGO_PKG_VERSION"), "subprotocols": ["phonehome.v1", "phonehome.v1.json"]}))
+}
