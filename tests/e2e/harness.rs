@@ -11,6 +11,7 @@ mod proxy;
 mod random;
 mod scene;
 mod site;
+mod standing;
 
 use std::{io::Write, process::Command, time::Duration};
 
@@ -27,6 +28,7 @@ pub(crate) use self::{
     random::Random,
     scene::{Gate, Scene},
     site::{Life, Lines, Site},
+    standing::{ADMIN, Answer, READER, Standing, exchange},
 };
 
 /// How long anything may take that must happen. Generous: only a failing test waits this long.

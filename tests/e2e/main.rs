@@ -24,6 +24,7 @@ mod refusals;
 mod restart;
 mod resume;
 mod screen;
+mod serve;
 mod spool;
 mod steps;
 mod timeouts;

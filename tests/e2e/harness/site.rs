@@ -226,7 +226,7 @@ fn records_of(dir: &Path, log: usize) -> u64 {
 
 /// A loopback address that nobody else in this test run has, and a port that the system gives to nobody. So a server
 /// that comes back finds both free.
-fn own_address() -> SocketAddr {
+pub(super) fn own_address() -> SocketAddr {
     static NUMBER: AtomicU32 = AtomicU32::new(0);
     let [_, _, high, low] = std::process::id().to_be_bytes();
     let number = NUMBER.fetch_add(1, Ordering::Relaxed);

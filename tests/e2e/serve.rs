@@ -1,0 +1,209 @@
+//! The standing server: builds over crashes, who may do what, and what cannot be understood.
+
+use serde_json::{Value, json};
+
+use crate::harness::{ADMIN, READER, Standing, exchange, patiently};
+
+#[tokio::test]
+async fn three_builds_outlive_three_crashes_of_the_server() {
+    let mut standing = Standing::start(&[]).await;
+    let mut builds = Vec::new();
+    for (id, code) in [("one", 0), ("two", 3), ("three", 77)] {
+        let token = standing.declare_one(id).await;
+        let gate = standing.scene.gate(id);
+        // Megabytes before and after each crash, and something that only comes at the end.
+        let burst = format!("seq -f '{id} %.0f' 1 60000");
+        let script = format!(
+            "{burst}; {pass}; {burst}; {pass}; {burst}; {pass}; echo last; exit {code}",
+            pass = gate.pass()
+        );
+        let agent = standing.agent(id, &token, &["--tee", "off"], &script);
+        builds.push((id, code, gate, agent));
+    }
+    for _ in 0..3 {
+        standing.crash().await;
+        for (_, _, gate, _) in &builds {
+            gate.open();
+        }
+    }
+    for (id, code, _, agent) in &mut builds {
+        assert_eq!(agent.ended().await, *code, "{}", String::from_utf8_lossy(&agent.stderr.so_far()));
+        let build = standing.ended(id).await;
+        assert_eq!((&build["complete"], &build["exit_code"]), (&json!(true), &json!(*code)), "{build}");
+        let expected: String = (1..=60000).map(|line| format!("{id} {line}\n")).collect();
+        let stored = standing.stored(id, "main");
+        let whole = format!("{expected}{expected}{expected}last\n");
+        assert!(stored == whole.as_bytes(), "{id}: {} bytes stored, {} written", stored.len(), whole.len());
+        let attempts = build["steps"][0]["attempts"].as_array().unwrap();
+        assert_eq!(attempts.len(), 1, "no agent was started twice");
+        assert_eq!(attempts[0]["digest"], json!(blake3::hash(&stored).to_hex().as_str()));
+    }
+}
+
+#[tokio::test]
+async fn an_end_is_known_for_good_and_to_whoever_asks_late() {
+    let mut standing = Standing::start(&[]).await;
+    let token = standing.declare(json!({"id": "b", "labels": {"app": "shop"}})).await;
+    let waiting = standing.get("/api/v1/builds/b").await.json();
+    assert_eq!((&waiting["state"], &waiting["verdict"]), (&json!("waiting"), &Value::Null));
+    assert_eq!(standing.agent("b", &token, &[], "echo hello; exit 4").ended().await, 4);
+    let ended = standing.ended("b").await;
+    assert_eq!((&ended["verdict"], &ended["exit_code"], &ended["bytes"]), (&json!("failed"), &json!(4), &json!(6)));
+    standing.crash().await;
+    assert_eq!(standing.get("/api/v1/builds/b").await.json(), ended);
+    let listed = standing.get("/api/v1/builds?label=app%3Dshop&verdict=failed").await.json();
+    assert_eq!(listed["builds"][0]["id"], json!("b"));
+    std::fs::remove_file(standing.data.join("catalogue.db")).unwrap();
+    standing.crash().await;
+    assert_eq!(
+        standing.get("/api/v1/builds").await.json()["builds"][0],
+        listed["builds"][0],
+        "made again from the files"
+    );
+}
+
+#[tokio::test]
+async fn whoever_declares_the_same_again_gets_the_same() {
+    let standing = Standing::start(&[]).await;
+    let token = format!("phonehome_build_{}", "ab".repeat(32));
+    let declaration = json!({"id": "b", "token": token});
+    for _ in 0..2 {
+        assert_eq!(standing.declare(declaration.clone()).await, token);
+    }
+    let other = standing.post("/api/v1/builds", json!({"id": "b"})).await;
+    assert_eq!((other.status, other.headers["content-type"].as_str()), (409, "application/problem+json"));
+}
+
+#[tokio::test]
+async fn a_token_opens_what_it_is_for_and_nothing_else() {
+    let standing = Standing::start(&[]).await;
+    let one = standing.declare_one("one").await;
+    standing.declare_one("two").await;
+    let report = || Some(json!({"reason": "Queued"}));
+    for (method, path, token, body, expected) in [
+        ("GET", "/api/v1/builds", "", None, 401),
+        ("GET", "/api/v1/builds", "wrong", None, 401),
+        ("GET", "/api/v1/builds", one.as_str(), None, 403),
+        ("GET", "/api/v1/builds", READER, None, 200),
+        ("POST", "/api/v1/builds", READER, Some(json!({})), 403),
+        ("POST", "/api/v1/builds/one/cancel", READER, None, 403),
+        ("POST", "/api/v1/builds/one/events", one.as_str(), report(), 202),
+        ("POST", "/api/v1/builds/two/events", one.as_str(), report(), 403),
+        ("POST", "/api/v1/builds/one/events", READER, report(), 403),
+        ("POST", "/api/v1/builds/one/events", ADMIN, report(), 202),
+        ("POST", "/api/v1/builds/one/events", ADMIN, Some(json!({})), 400),
+    ] {
+        let answer = standing.ask(method, path, token, body).await;
+        assert_eq!(answer.status, expected, "{method} {path}: {answer:?}");
+        if expected >= 400 {
+            assert_eq!(answer.headers["content-type"], "application/problem+json");
+            assert!(!answer.text().contains("phonehome_build_"), "no token in an error: {answer:?}");
+        }
+    }
+    // The agent of one build with the token of another.
+    let mut agent = standing.agent("two", &one, &["--require-delivery", "--linger", "5s"], "true");
+    assert_eq!(agent.ended().await, 125);
+}
+
+#[tokio::test]
+async fn what_cannot_be_understood_is_answered_and_harms_nobody() {
+    let standing = Standing::start(&[]).await;
+    standing.declare_one("b").await;
+    for (method, path, body, expected) in [
+        ("POST", "/api/v1/builds", Some(json!({"idd": "typo"})), 400),
+        ("POST", "/api/v1/builds", Some(json!({"id": "../../etc/passwd"})), 400),
+        ("POST", "/api/v1/builds", Some(json!({"id": ".hidden"})), 400),
+        ("POST", "/api/v1/builds", Some(json!({"steps": []})), 400),
+        ("POST", "/api/v1/builds", Some(json!({"steps": ["a", "a"]})), 400),
+        ("POST", "/api/v1/builds", Some(json!({"steps": ["verdict.json"]})), 400),
+        ("POST", "/api/v1/builds", Some(json!({"timeouts": {"total": -1}})), 400),
+        ("POST", "/api/v1/builds", Some(json!({"timeouts": {"total": 1e300}})), 400),
+        ("POST", "/api/v1/builds", Some(json!([])), 400),
+        ("GET", "/api/v1/builds/..%2f..%2fetc", None, 404),
+        ("GET", "/api/v1/builds/%00", None, 404),
+        ("GET", "/api/v1/builds/%ff", None, 404),
+        ("GET", "/api/v1/builds/../../etc/passwd", None, 404),
+        ("GET", "/api/v1/builds?limit=0", None, 400),
+        ("GET", "/api/v1/builds?limit=9999999999999999999999", None, 400),
+        ("GET", "/api/v1/builds?verdict=good", None, 400),
+        ("GET", "/api/v1/builds?cursor=x", None, 400),
+        ("GET", "/api/v1/builds?since=yesterday", None, 400),
+        ("GET", "/api/v1/builds?colour=red", None, 400),
+        ("PUT", "/api/v1/builds", None, 405),
+        ("TRACE", "/api/v1/builds/b", None, 405),
+        ("GET", "/nothing", None, 404),
+        ("GET", "/api/v1/builds/b/wait?timeout=-1", None, 400),
+        ("GET", "/api/v1/builds/b/wait?timeout=NaN", None, 400),
+        ("GET", "/api/v1/builds/b/wait?timeout=0", None, 204),
+    ] {
+        let answer = standing.ask(method, path, ADMIN, body.clone()).await;
+        assert_eq!(answer.status, expected, "{method} {path} {body:?}: {}", answer.text());
+    }
+    let huge = format!("GET / HTTP/1.1\r\nHost: x\r\nX: {}\r\n\r\n", "x".repeat(1024 * 1024));
+    let answer =
+        tokio::time::timeout(crate::harness::PATIENCE, try_exchange(&standing, huge.as_bytes())).await.unwrap();
+    assert!(answer.is_empty() || answer.starts_with(b"HTTP/1.1 431"), "{}", answer.escape_ascii());
+    let wrong_type =
+        "POST /api/v1/builds HTTP/1.0\r\nAuthorization: Bearer admin-of-this-test\r\nContent-Length: 2\r\n\r\n{}";
+    assert_eq!(patiently("an answer", exchange(standing.address, wrong_type.as_bytes())).await.status, 415);
+    let endless = "POST /api/v1/builds HTTP/1.0\r\nAuthorization: Bearer admin-of-this-test\r\n\
+                   Content-Type: application/json\r\nContent-Length: 99999999\r\n\r\n{}";
+    let answer = patiently("an answer", exchange(standing.address, endless.as_bytes())).await;
+    assert!(matches!(answer.status, 408 | 413), "{answer:?}");
+    assert_eq!(standing.get("/healthz").await.status, 200);
+}
+
+/// Whatever comes back before the server closes, or resets, the connection.
+async fn try_exchange(standing: &Standing, request: &[u8]) -> Vec<u8> {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let mut stream = tokio::net::TcpStream::connect(standing.address).await.unwrap();
+    drop(stream.write_all(request).await); // it may have had enough before the end
+    let mut answer = Vec::new();
+    drop(stream.read_to_end(&mut answer).await); // what came before a reset counts
+    answer
+}
+
+#[tokio::test]
+async fn what_only_the_cluster_knows_is_shown() {
+    let mut standing = Standing::start(&[]).await;
+    standing.declare_one("b").await;
+    let exported = json!({
+        "metadata": {"name": "b.17", "namespace": "builds"}, "reason": "Failed", "type": "Warning", "count": 2,
+        "message": "Failed to pull image", "source": {"component": "kubelet", "host": "node-1"},
+        "involvedObject": {"kind": "Pod", "name": "b", "namespace": "builds", "labels": {"phonehome/build": "b"}}
+    });
+    assert_eq!(standing.post("/api/v1/events", exported.clone()).await.status, 202);
+    assert_eq!(standing.post("/api/v1/builds/b/events", exported).await.status, 202, "the same again is no news");
+    assert_eq!(standing.post("/api/v1/events", json!({"reason": "of nobody"})).await.status, 204);
+    standing.crash().await;
+    let build = standing.get("/api/v1/builds/b").await.json();
+    assert_eq!(build["reports"].as_array().unwrap().len(), 1, "{build}");
+    assert_eq!((&build["reports"][0]["object"], &build["report"]["node"]), (&json!("Pod/b"), &json!("node-1")));
+    let listed = standing.get("/api/v1/builds?verdict=running").await.json();
+    assert_eq!(listed["builds"][0]["report"]["reason"], json!("Failed"));
+}
+
+#[tokio::test]
+async fn a_build_that_is_cancelled_stops() {
+    let standing = Standing::start(&[]).await;
+    let token = standing.declare_one("b").await;
+    let mut agent = standing.agent("b", &token, &[], "echo begun; sleep 600");
+    standing.process.stderr.shows("\"connected\"").await;
+    agent.stdout.shows("begun").await;
+    assert_eq!(standing.post("/api/v1/builds/b/cancel", json!({"reason": "enough"})).await.status, 202);
+    assert_eq!(agent.ended().await, 143);
+    let build = standing.ended("b").await;
+    assert_eq!((&build["verdict"], &build["exit_code"]), (&json!("cancelled"), &json!(130)));
+    assert_eq!(standing.post("/api/v1/builds/b/cancel", json!({})).await.status, 409);
+}
+
+#[tokio::test]
+async fn beyond_this_machine_it_is_not_plain_by_accident() {
+    let standing = Standing::start(&[]).await;
+    let mut command = standing.scene.command(crate::harness::server());
+    command.args(["serve", "--data"]).arg(standing.scene.path("other")).args(["--listen", "0.0.0.0:0"]);
+    let mut refused = crate::harness::Process::spawn(&mut command);
+    assert_eq!(refused.ended().await, 125);
+    let told = String::from_utf8(refused.stderr.all().await).unwrap();
+    assert!(told.contains("--insecure"), "{told}");
+}
