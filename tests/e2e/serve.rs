@@ -13,10 +13,8 @@ async fn three_builds_outlive_three_crashes_of_the_server() {
         let gate = standing.scene.gate(id);
         // Megabytes before and after each crash, and something that only comes at the end.
         let burst = format!("seq -f '{id} %.0f' 1 60000");
-        let script = format!(
-            "{burst}; {pass}; {burst}; {pass}; {burst}; {pass}; echo last; exit {code}",
-            pass = gate.pass()
-        );
+        let script =
+            format!("{burst}; {pass}; {burst}; {pass}; {burst}; {pass}; echo last; exit {code}", pass = gate.pass());
         let agent = standing.agent(id, &token, &["--tee", "off"], &script);
         builds.push((id, code, gate, agent));
     }
@@ -206,4 +204,15 @@ async fn beyond_this_machine_it_is_not_plain_by_accident() {
     assert_eq!(refused.ended().await, 125);
     let told = String::from_utf8(refused.stderr.all().await).unwrap();
     assert!(told.contains("--insecure"), "{told}");
+}
+
+#[tokio::test]
+async fn one_server_has_a_data_directory() {
+    let standing = Standing::start(&[]).await;
+    let mut command = standing.scene.command(crate::harness::server());
+    command.args(["serve", "--data"]).arg(&standing.data).args(["--listen", "127.0.0.1:0"]);
+    let mut refused = crate::harness::Process::spawn(&mut command);
+    assert_eq!(refused.ended().await, 125);
+    let told = String::from_utf8(refused.stderr.all().await).unwrap();
+    assert!(told.contains("another server"), "{told}");
 }

@@ -41,6 +41,8 @@
 //!
 //! `examples/receive_hook.rs` is a whole pre-receive hook.
 
+#![cfg_attr(not(feature = "http"), allow(dead_code, reason = "parts of a build and of the store serve the API only"))]
+
 mod builds;
 #[cfg(feature = "http")]
 mod catalogue;

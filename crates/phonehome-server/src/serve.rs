@@ -6,10 +6,12 @@
 use std::{
     collections::BTreeMap,
     io,
+    path::Path,
     sync::{Arc, Mutex, PoisonError, Weak},
     time::Duration,
 };
 
+use phonehome_env::disk::{Disk, File, Open};
 use phonehome_proto::id::{BuildId, Digest};
 use subtle::ConstantTimeEq;
 use tokio::time::{sleep, timeout};
@@ -53,6 +55,8 @@ pub(crate) struct Standing {
     tasks: Tasks,
     /// Ended builds that somebody reads.
     archived: Mutex<BTreeMap<BuildId, Weak<Build>>>,
+    /// Keeps other processes out of the data directory.
+    _lock: Box<dyn File>,
 }
 
 /// Who makes a request.
@@ -108,11 +112,12 @@ impl Standing {
         tasks: Tasks,
         settings: Settings,
         pin: Option<String>,
+        lock: Box<dyn File>,
     ) -> io::Result<Arc<Self>> {
         let data = shared.store.data().to_owned();
         let catalogue = shared.env.blocking(move || Catalogue::open(&data)).await?;
         let archived = Mutex::default();
-        let standing = Arc::new(Self { shared, catalogue, settings, pin, tasks, archived });
+        let standing = Arc::new(Self { shared, catalogue, settings, pin, tasks, archived, _lock: lock });
         let found = standing.clone();
         let running = standing.shared.env.blocking(move || found.reconcile()).await?;
         for (id, declaration, reports) in running {
@@ -308,6 +313,13 @@ impl Standing {
         self.enter_aside(build).await;
         Ok(())
     }
+}
+
+/// Takes a data directory for this process until the file is closed; `None` when another process has it.
+pub(crate) fn lock(disk: &dyn Disk, data: &Path) -> io::Result<Option<Box<dyn File>>> {
+    disk.create_dirs(data)?;
+    let file = disk.open(&data.join("lock"), Open::Write)?;
+    Ok(file.lock()?.then_some(file))
 }
 
 /// What the catalogue has of a build.

@@ -50,6 +50,9 @@ pub enum StartError {
     /// The data directory cannot be used.
     #[error("cannot use {}", .0.display())]
     Store(PathBuf, #[source] io::Error),
+    /// Another process serves from the data directory.
+    #[error("another server uses {}: stop it first, or use another directory", .0.display())]
+    Taken(PathBuf),
 }
 
 /// What every task of a server shares.
@@ -176,11 +179,14 @@ impl Server {
         let store = |error| StartError::Store(config.data.clone(), error);
         let bind = |error| StartError::Bind(config.listen, error);
         let socket = TcpListener::bind(config.listen).await.map_err(bind)?;
-        let mut server = Self::deaf(Env::real(), &config)?;
+        let env = Env::real();
+        let lock = crate::serve::lock(&*env.disk, &config.data).map_err(store)?;
+        let lock = lock.ok_or_else(|| StartError::Taken(config.data.clone()))?;
+        let mut server = Self::deaf(env, &config)?;
         server.address = socket.local_addr().map_err(bind)?;
         let (tls, pin) = identity.map_or((None, None), |identity| (Some(identity.config), Some(identity.pin)));
         server.pin.clone_from(&pin);
-        let opened = crate::serve::Standing::open(server.shared.clone(), server.tasks.clone(), settings, pin);
+        let opened = crate::serve::Standing::open(server.shared.clone(), server.tasks.clone(), settings, pin, lock);
         let standing = opened.await.map_err(store)?;
         let router = crate::http::router(standing.clone());
         server.listen(socket, tls, Front { standing: Some((standing.clone(), router)) });
