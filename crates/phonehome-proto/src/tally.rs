@@ -1,5 +1,7 @@
 //! The running account of an attempt, kept alike at both ends: numbers, offsets, counts and the digest.
 
+use std::{mem, sync::Arc};
+
 use crate::{
     event::{Event, Gap},
     frame::{Counts, Record, Stream},
@@ -7,12 +9,18 @@ use crate::{
 };
 
 /// Everything FINISHED says about the records, up to some sequence number.
+///
+/// Clones share one account until one of them goes on: the state of the digest alone takes 2 KB, and a server keeps
+/// half a dozen tallies of every attempt, which are the same while its build is silent.
 #[derive(Debug, Clone, Default)]
-pub struct Tally {
+pub struct Tally(Arc<Account>);
+
+#[derive(Debug, Clone, Default)]
+struct Account {
     next: u64,
     counts: Counts,
     missing: Counts,
-    /// Streams whose position is unknown since [`Self::skip_to`]: their next record tells it.
+    /// Streams whose position is unknown since [`Tally::skip_to`]: their next record tells it.
     adrift: [bool; 3],
     hasher: blake3::Hasher,
 }
@@ -21,57 +29,68 @@ impl Tally {
     /// The sequence number of the next record.
     #[must_use]
     pub fn next(&self) -> u64 {
-        self.next
+        self.0.next
     }
 
     /// Records and bytes carried so far.
     #[must_use]
     pub fn counts(&self) -> Counts {
-        self.counts
+        self.0.counts
     }
 
     /// Where in `stream` the next record starts: bytes carried and bytes that gaps left out.
     #[must_use]
     pub fn offset(&self, stream: Stream) -> u64 {
-        self.counts.of(stream).bytes.saturating_add(self.missing.of(stream).bytes)
+        self.0.counts.of(stream).bytes.saturating_add(self.0.missing.of(stream).bytes)
     }
 
     /// Bytes that gap records left out, over all streams.
     #[must_use]
     pub fn missing_bytes(&self) -> u64 {
-        Stream::ALL.iter().fold(0, |sum, &stream| sum.saturating_add(self.missing.of(stream).bytes))
+        Stream::ALL.iter().fold(0, |sum, &stream| sum.saturating_add(self.0.missing.of(stream).bytes))
     }
 
     /// Digest of the output bytes so far.
     #[must_use]
     pub fn digest(&self) -> Digest {
-        Digest(*self.hasher.finalize().as_bytes())
+        Digest(*self.0.hasher.finalize().as_bytes())
     }
 
     /// Bytes carried, events included.
     #[must_use]
     pub fn bytes(&self) -> u64 {
-        self.counts.output_bytes() + self.counts.event.bytes
+        self.0.counts.output_bytes() + self.0.counts.event.bytes
     }
 
     /// Whether `record` is the next one and starts where its stream has got to.
     #[must_use]
     pub fn expects(&self, record: &Record) -> bool {
         let offset = self.offset(record.stream);
-        let adrift = self.adrift[usize::from(record.stream.number())];
-        record.seq == self.next && (record.offset == offset || adrift && record.offset > offset)
+        let adrift = self.0.adrift[usize::from(record.stream.number())];
+        record.seq == self.0.next && (record.offset == offset || adrift && record.offset > offset)
     }
 
     /// Goes on at `next` without the records before it: nobody has them any more.
     pub fn skip_to(&mut self, next: u64) {
-        self.next = self.next.max(next);
-        self.adrift = [true; 3];
+        let account = Arc::make_mut(&mut self.0);
+        account.next = account.next.max(next);
+        account.adrift = [true; 3];
     }
 
     /// Takes the next record into account.
     pub fn add(&mut self, record: &Record) {
+        let missing = record.offset.saturating_sub(self.offset(record.stream));
+        Arc::make_mut(&mut self.0).add(record, missing);
+    }
+}
+
+impl Account {
+    /// Counts a record, and what a skip left out before it if it is the first since then.
+    fn add(&mut self, record: &Record, missing: u64) {
         self.next = record.seq + 1;
-        self.anchor(record);
+        if mem::take(&mut self.adrift[usize::from(record.stream.number())]) {
+            self.missing.of_mut(record.stream).bytes += missing;
+        }
         let count = self.counts.of_mut(record.stream);
         count.records += 1;
         count.bytes += record.payload.len() as u64;
@@ -79,14 +98,6 @@ impl Tally {
             self.hasher.update(&record.payload);
         } else if let Some(Event::Gap(gap)) = Event::parse(&record.payload) {
             self.skip(&gap);
-        }
-    }
-
-    /// Counts what a skip left out before the first record after it.
-    fn anchor(&mut self, record: &Record) {
-        if std::mem::take(&mut self.adrift[usize::from(record.stream.number())]) {
-            let missing = record.offset.saturating_sub(self.offset(record.stream));
-            self.missing.of_mut(record.stream).bytes += missing;
         }
     }
 
@@ -120,5 +131,16 @@ mod tests {
         assert_eq!((tally.offset(Stream::Stdout), tally.missing_bytes()), (13, 10));
         assert!(tally.expects(&Record::new(2, 1, Stream::Stdout, 13, "x".into())));
         assert!(!tally.expects(&Record::new(2, 1, Stream::Stdout, 3, "x".into())));
+    }
+
+    #[test]
+    fn clones_are_one_account_until_one_goes_on() {
+        let mut tally = Tally::default();
+        tally.add(&Record::new(0, 1, Stream::Stdout, 0, "abc".into()));
+        let before = tally.clone();
+        assert!(Arc::ptr_eq(&before.0, &tally.0));
+        tally.add(&Record::new(1, 1, Stream::Stdout, 3, "d".into()));
+        assert_eq!((before.next(), tally.next()), (1, 2));
+        assert_eq!(before.digest().0, *blake3::hash(b"abc").as_bytes());
     }
 }

@@ -103,7 +103,7 @@ enum Job {
     Append {
         writer: Writer,
         records: Vec<Record>,
-        tally: Box<Tally>,
+        tally: Tally,
     },
     Finish {
         writer: Writer,
@@ -118,7 +118,7 @@ enum Job {
     /// Takes back what was stored beyond this account.
     Rewind {
         writer: Writer,
-        tally: Box<Tally>,
+        tally: Tally,
         reply: oneshot::Sender<io::Result<bool>>,
     },
     Survey {
@@ -258,7 +258,7 @@ impl Store {
 
     /// Hands over new records. They are durable when the attempt's progress says so.
     pub(crate) async fn append(&self, writer: &Writer, records: Vec<Record>, tally: &Tally) -> Result<(), Stuck> {
-        self.send(Job::Append { writer: writer.clone(), records, tally: Box::new(tally.clone()) }).await
+        self.send(Job::Append { writer: writer.clone(), records, tally: tally.clone() }).await
     }
 
     /// Hands over the end.
@@ -270,7 +270,7 @@ impl Store {
     /// be acknowledged.
     pub(crate) async fn rewind(&self, writer: &Writer, tally: &Tally) -> Result<bool, Stuck> {
         let (reply, done) = oneshot::channel();
-        self.send(Job::Rewind { writer: writer.clone(), tally: Box::new(tally.clone()), reply }).await?;
+        self.send(Job::Rewind { writer: writer.clone(), tally: tally.clone(), reply }).await?;
         match timeout(PATIENCE, done).await {
             Ok(Ok(Ok(rewound))) => Ok(rewound),
             Ok(Ok(Err(_)) | Err(_)) | Err(_) => Err(Stuck),

@@ -42,7 +42,7 @@ pub(crate) struct Progress {
     /// Payload bytes, events included.
     pub(crate) bytes: u64,
     /// The account of these records.
-    pub(crate) tally: Arc<Tally>,
+    pub(crate) tally: Tally,
     /// Entries in the index.
     pub(crate) entries: u64,
     /// How often records were taken back, to be sent again.
@@ -240,7 +240,7 @@ mod tests {
         log.hole(3).unwrap();
         agent.tally.skip_to(3);
         let records: Vec<_> = (0..9).map(|_| agent.write(Stream::Stdout, "x")).collect();
-        log.append(&[Batch { records: records.clone(), tally: Box::new(agent.tally.clone()) }]).unwrap();
+        log.append(&[Batch { records: records.clone(), tally: agent.tally.clone() }]).unwrap();
         let (build, step) = ("b".parse().unwrap(), StepName::default());
         let files = AttemptFiles::new(Arc::new(RealDisk), build, step, 1, dir.path().to_owned());
         for record in records {

@@ -97,7 +97,7 @@ impl Current {
         Ok(())
     }
 
-    pub(super) fn append(&mut self, records: Vec<Record>, tally: Box<Tally>) {
+    pub(super) fn append(&mut self, records: Vec<Record>, tally: Tally) {
         if self.state != State::Failed {
             self.waiting.push(Batch { records, tally });
         }
@@ -178,7 +178,7 @@ impl Current {
                 let durable = self.log.durable();
                 progress.next = durable.tally.next();
                 progress.bytes = durable.tally.bytes();
-                progress.tally = Arc::new(durable.tally.clone());
+                progress.tally = durable.tally.clone();
                 progress.entries = durable.entries;
                 progress.finished = self.log.finished().cloned();
             }

@@ -62,7 +62,7 @@ pub fn store(
     for round in rounds {
         let mut records = round.clone();
         receiver.handle_records(&mut records, |seq| writer.files.stored_crc(seq)).map_err(|error| error.to_string())?;
-        steps.append(&writer, records, Box::new(receiver.tally().clone()));
+        steps.append(&writer, records, receiver.tally().clone());
         steps.commit();
     }
     if let Some(finished) = finished

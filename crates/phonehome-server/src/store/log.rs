@@ -63,7 +63,7 @@ impl Point {
 #[derive(Debug)]
 pub(super) struct Batch {
     pub(super) records: Vec<Record>,
-    pub(super) tally: Box<Tally>,
+    pub(super) tally: Tally,
 }
 
 /// The files that grow.
@@ -374,7 +374,7 @@ mod tests {
             let before = scene.lens();
             scene.disk.fail_always(operation, io::ErrorKind::StorageFull);
             let records = vec![scene.agent.write(Stream::Stderr, "two\n"), scene.agent.write(Stream::Event, "{}")];
-            let batch = [Batch { records, tally: Box::new(scene.agent.tally.clone()) }];
+            let batch = [Batch { records, tally: scene.agent.tally.clone() }];
             assert!(is_full(&scene.log.append(&batch).unwrap_err()), "{operation}");
             assert_eq!(scene.lens(), before, "{operation}");
             scene.disk.heal();
@@ -406,7 +406,7 @@ mod tests {
             let old = scene.log.files().unwrap().iter().map(|file| file.len().unwrap()).collect::<Vec<_>>();
             scene.disk.fail(move |seen| (seen == format!("sync {file}")).then_some(io::ErrorKind::Other));
             let records = vec![scene.agent.write(Stream::Stdout, "two\n"), scene.agent.write(Stream::Event, "{}")];
-            let batch = [Batch { records, tally: Box::new(scene.agent.tally.clone()) }];
+            let batch = [Batch { records, tally: scene.agent.tally.clone() }];
             scene.log.append(&batch).and_then(|()| scene.log.sync()).unwrap_err();
             assert_eq!(scene.log.durable().entries, 2, "{file}");
             scene.disk.heal();
@@ -479,7 +479,7 @@ mod tests {
         }
 
         fn store(&mut self, record: Record) -> io::Result<()> {
-            let batch = Batch { records: vec![record], tally: Box::new(self.agent.tally.clone()) };
+            let batch = Batch { records: vec![record], tally: self.agent.tally.clone() };
             self.log.append(&[batch])?;
             self.log.sync()
         }

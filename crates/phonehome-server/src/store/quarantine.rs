@@ -94,7 +94,7 @@ impl Rewrite {
         if records.is_empty() {
             return Ok(());
         }
-        self.log.append(&[Batch { records, tally: Box::new(self.at.tally.clone()) }])
+        self.log.append(&[Batch { records, tally: self.at.tally.clone() }])
     }
 
     /// Everything is written, and what is missing up to `next` is a hole too. Makes it durable and tells what it is.

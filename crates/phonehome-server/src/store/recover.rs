@@ -260,7 +260,7 @@ mod tests {
         let mut scene = Scene::filled();
         let mut log = scene.open();
         let records: Vec<_> = ["five", "six", "seven"].map(|text| scene.agent.write(Stream::Stdout, text)).into();
-        log.append(&[Batch { records, tally: Box::new(scene.agent.tally.clone()) }]).unwrap();
+        log.append(&[Batch { records, tally: scene.agent.tally.clone() }]).unwrap();
         drop(log);
         scene.flip("log", b"one\ntwo\n3five".len());
         let log = scene.open();
@@ -274,7 +274,7 @@ mod tests {
         let mut log = scene.open();
         let text = "x".repeat(MAX_PAYLOAD);
         let records: Vec<_> = (0..140).map(|_| scene.agent.write(Stream::Stdout, &text)).collect();
-        log.append(&[Batch { records, tally: Box::new(scene.agent.tally.clone()) }]).unwrap();
+        log.append(&[Batch { records, tally: scene.agent.tally.clone() }]).unwrap();
         scene.cut("index", 4 * ENTRY);
         let log = scene.open();
         assert_eq!(log.durable().entries, 4);
@@ -473,7 +473,7 @@ mod tests {
 
         fn append(&mut self, log: &mut AttemptLog, stream: Stream, text: &str) {
             let records = vec![self.agent.write(stream, text)];
-            log.append(&[Batch { records, tally: Box::new(self.agent.tally.clone()) }]).unwrap();
+            log.append(&[Batch { records, tally: self.agent.tally.clone() }]).unwrap();
             log.sync().unwrap();
         }
 

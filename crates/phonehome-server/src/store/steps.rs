@@ -177,7 +177,7 @@ impl Steps {
     }
 
     /// Takes records, for the next commit.
-    pub(super) fn append(&mut self, writer: &Writer, records: Vec<Record>, tally: Box<Tally>) {
+    pub(super) fn append(&mut self, writer: &Writer, records: Vec<Record>, tally: Tally) {
         if let Some(current) = self.current(writer) {
             current.append(records, tally);
         }
@@ -587,7 +587,7 @@ mod tests {
             assert_eq!((again.receiver.next(), scene.told(&again.writer)), (1, (1, false, false)));
             assert!(Arc::ptr_eq(&again.writer.files, &writer.files));
             let two = agent.records[1].clone();
-            scene.steps.append(&again.writer, vec![two], Box::new(agent.tally.clone()));
+            scene.steps.append(&again.writer, vec![two], agent.tally.clone());
             scene.steps.commit();
             assert_eq!((scene.told(&again.writer), rest(&mut reader)), ((2, false, false), "one two".into()));
             assert_eq!(writer.files.stored_crc(1), Some(agent.records[1].crc));
@@ -729,7 +729,7 @@ mod tests {
 
         fn append(&mut self, writer: &Writer, agent: &mut Agent, text: &str) {
             let record = agent.write(Stream::Stdout, text);
-            self.steps.append(writer, vec![record], Box::new(agent.tally.clone()));
+            self.steps.append(writer, vec![record], agent.tally.clone());
         }
 
         fn finish(&mut self, opened: &mut Opened, agent: &Agent) {
@@ -745,7 +745,7 @@ mod tests {
             for text in ["one ", "two ", "three "] {
                 self.append(&opened.writer, agent, text);
                 let event = agent.write(Stream::Event, "{} ");
-                self.steps.append(&opened.writer, vec![event], Box::new(agent.tally.clone()));
+                self.steps.append(&opened.writer, vec![event], agent.tally.clone());
                 self.steps.commit();
             }
             self.finish(&mut opened, agent);

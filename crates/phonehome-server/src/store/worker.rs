@@ -89,7 +89,7 @@ impl Worker {
                 drop(reply.send(opened)); // a connection that is gone has no use for it
             }
             Job::Rewind { writer, tally, reply } => {
-                drop(reply.send(self.steps.rewind(&writer, *tally))); // a connection that is gone does not go on
+                drop(reply.send(self.steps.rewind(&writer, tally))); // a connection that is gone does not go on
             }
             Job::Survey { build, changed, reply } => {
                 drop(reply.send(self.steps.survey(&build, &changed))); // whoever asked may have gone
