@@ -15,7 +15,7 @@ use std::{
     },
 };
 
-use phonehome_env::disk::{Disk, File, Open};
+use phonehome_env::disk::{Disk, File, Open, Volume};
 
 use crate::chance::Chance;
 
@@ -178,6 +178,17 @@ impl Inode {
     fn change(&mut self, change: Change) {
         apply(&mut self.contents, &change);
         self.pending.push(change);
+    }
+
+    /// Makes what is pending durable, unless a sync fails or has failed: the pages are marked clean then, later syncs
+    /// report success and write nothing of them.
+    fn sync(&mut self, fails: bool) {
+        self.locked |= fails;
+        if !self.locked {
+            for change in std::mem::take(&mut self.pending) {
+                apply(&mut self.durable, &change);
+            }
+        }
     }
 
     fn settle(&mut self, chance: &Chance) {
@@ -345,6 +356,33 @@ impl Disk for Mount {
     fn exists(&self, path: &Path) -> io::Result<bool> {
         Ok(self.disk.lock().names.contains_key(path))
     }
+
+    fn volume(&self, dir: &Path) -> io::Result<Option<Box<dyn Volume>>> {
+        self.disk.lock().entry(dir)?;
+        Ok(Some(Box::new(SimVolume { mount: self.clone() })))
+    }
+}
+
+#[derive(Debug)]
+struct SimVolume {
+    mount: Mount,
+}
+
+impl Volume for SimVolume {
+    fn sync(&self) -> io::Result<()> {
+        let mut state = self.mount.changing()?;
+        let State { inodes, names, durable, faults, .. } = &mut *state;
+        let fails = faults.sync_errors > 0;
+        faults.sync_errors -= u64::from(fails);
+        for inode in inodes.iter_mut().filter(|inode| !inode.pending.is_empty()) {
+            inode.sync(fails);
+        }
+        if fails {
+            return Err(io::Error::other("the simulated sync fails"));
+        }
+        *durable = names.clone();
+        Ok(())
+    }
 }
 
 #[derive(Debug)]
@@ -394,20 +432,10 @@ impl File for SimFile {
 
     fn sync(&self) -> io::Result<()> {
         let mut state = self.mount.changing()?;
-        if state.faults.sync_errors > 0 {
-            state.faults.sync_errors -= 1;
-            let inode = &mut state.inodes[self.inode];
-            // The pages are marked clean: later syncs report success and write nothing of them.
-            inode.locked = true;
-            return Err(io::Error::other("the simulated sync fails"));
-        }
-        let inode = &mut state.inodes[self.inode];
-        if !inode.locked {
-            for change in std::mem::take(&mut inode.pending) {
-                apply(&mut inode.durable, &change);
-            }
-        }
-        Ok(())
+        let fails = state.faults.sync_errors > 0;
+        state.faults.sync_errors -= u64::from(fails);
+        state.inodes[self.inode].sync(fails);
+        if fails { Err(io::Error::other("the simulated sync fails")) } else { Ok(()) }
     }
 
     fn lock(&self) -> io::Result<bool> {

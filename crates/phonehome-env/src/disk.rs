@@ -10,9 +10,10 @@ use std::{
 };
 
 use rustix::{
-    fs::{FlockOperation, OFlags, flock},
+    fs::{FlockOperation, OFlags, flock, fstatfs, syncfs},
     io::Errno,
     process::geteuid,
+    system::{Uname, uname},
 };
 
 use crate::fault;
@@ -97,6 +98,27 @@ pub trait Disk: fmt::Debug + Send + Sync {
     ///
     /// When that cannot be found out.
     fn exists(&self, path: &Path) -> io::Result<bool>;
+
+    /// A hold on the file system that a directory is on, to sync all of it at once; `None` where that does not promise
+    /// what [`File::sync`] does.
+    ///
+    /// # Errors
+    ///
+    /// When the directory cannot be opened.
+    fn volume(&self, _dir: &Path) -> io::Result<Option<Box<dyn Volume>>> {
+        Ok(None)
+    }
+}
+
+/// A file system. It hears of every write error there since it was taken hold of, whoever wrote.
+pub trait Volume: fmt::Debug + Send + Sync {
+    /// Makes everything on it durable: contents, sizes and names. After an error nobody knows of which file, and as with
+    /// [`File::sync`] a later call would report success.
+    ///
+    /// # Errors
+    ///
+    /// When the disk fails, or has failed since the last call.
+    fn sync(&self) -> io::Result<()>;
 }
 
 /// What a file is opened for.
@@ -331,6 +353,38 @@ impl Disk for RealDisk {
     fn exists(&self, path: &Path) -> io::Result<bool> {
         path.try_exists()
     }
+
+    fn volume(&self, dir: &Path) -> io::Result<Option<Box<dyn Volume>>> {
+        let name = fault::Name::of(dir);
+        let dir = fs::File::open(dir)?;
+        let is_known = WHOLE.contains(&(fstatfs(&dir)?.f_type as u64)) && reports_write_errors(&uname());
+        Ok(is_known.then(|| Box::new(RealVolume { dir, name }) as Box<dyn Volume>))
+    }
+}
+
+/// File systems whose syncfs(2) waits for everything and tells what could not be written, by the magic numbers of
+/// statfs(2): ext4, XFS, Btrfs, F2FS and tmpfs. An overlay does not hear of errors below it, and FUSE does not wait.
+const WHOLE: [u64; 5] = [0xef53, 0x5846_5342, 0x9123_683e, 0xf2f5_2010, 0x0102_1994];
+
+/// Whether this system's syncfs(2) tells what could not be written: since Linux 5.8.
+fn reports_write_errors(system: &Uname) -> bool {
+    let release = system.release().to_string_lossy();
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map_while(|number| number.parse::<u32>().ok());
+    (numbers.next(), numbers.next()) >= (Some(5), Some(8))
+}
+
+/// A file system of the system. Its descriptor stays open: it is what remembers which errors were told.
+#[derive(Debug)]
+struct RealVolume {
+    dir: fs::File,
+    name: fault::Name,
+}
+
+impl Volume for RealVolume {
+    fn sync(&self) -> io::Result<()> {
+        self.name.point("syncfs")?;
+        Ok(syncfs(&self.dir)?)
+    }
 }
 
 /// A file of the system.
@@ -422,6 +476,16 @@ mod tests {
         assert!(RealDisk.open(&target, Open::New).is_err());
         RealDisk.open(&dir.path().join("own"), Open::New).unwrap();
         assert_eq!(fs::metadata(dir.path().join("own")).unwrap().mode() & 0o777, 0o600);
+    }
+
+    #[test]
+    fn a_whole_file_system_is_synced_where_that_can_be_relied_upon() {
+        let dir = tempfile::tempdir().unwrap();
+        if let Some(volume) = RealDisk.volume(dir.path()).unwrap() {
+            volume.sync().unwrap();
+        }
+        assert!(RealDisk.volume(Path::new("/proc")).unwrap().is_none(), "nothing is ever written there");
+        RealDisk.volume(&dir.path().join("missing")).unwrap_err();
     }
 
     #[test]

@@ -6,7 +6,7 @@
 //! | part | values |
 //! |---|---|
 //! | action | `kill` (SIGKILL to this process), `torn` (half of a write, then `kill`), `eio`, `enospc` |
-//! | operation | `open` (to write), `write`, `sync`, `truncate`, `rename` (NAME is the new one), `remove`, `mkdir`, `syncdir` |
+//! | operation | `open` (to write), `write`, `sync`, `truncate`, `rename` (NAME is the new one), `remove`, `mkdir`, `syncdir`, `syncfs` |
 //! | name | a file's or directory's last component, or `*` for any |
 //!
 //! Only debug builds look at it; in release builds every point is nothing.

@@ -275,8 +275,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
 
     async fn handle_records(&mut self, mut records: Vec<Record>, session: &mut Session) -> Result<(), Hangup> {
         let opened = &mut session.seat.opened;
-        let files = &opened.writer.files;
-        opened.receiver.handle_records(&mut records, |seq| files.stored_crc(seq))?;
+        let stored = opened.writer.files.checksums();
+        opened.receiver.handle_records(&mut records, |seq| stored.of(seq))?;
         if records.is_empty() {
             debug!("records that are stored already: the agent has missed an acknowledgement");
             session.ack_soon(Instant::now());

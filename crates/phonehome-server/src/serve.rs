@@ -15,7 +15,7 @@ use phonehome_env::disk::{Disk, File, Open};
 use phonehome_proto::id::{BuildId, Digest};
 use subtle::ConstantTimeEq;
 use tokio::time::{sleep, timeout};
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use crate::{
     builds::{Build, Clocks, Verdict, hash_token},
@@ -236,6 +236,9 @@ impl Standing {
         drop(timeout(CONFIRMATION, build.confirmed()).await); // an agent that never comes back is not waited for
         sleep(LINGER).await;
         self.shared.builds.remove(&build.id);
+        if self.shared.store.forget(&build.id).await.is_err() {
+            debug!(build = %build.id, "the store is too busy to forget it");
+        }
     }
 
     async fn enter_aside(&self, build: &Arc<Build>) {

@@ -18,7 +18,7 @@
 //! ```
 //!
 //! A round takes what all connections have handed over, writes payloads and index entries of every attempt, syncs the
-//! files that were written to, and then lets the new progress be known. What has no room stays in memory and is tried
+//! files that were written to, or the whole file system when they are many, and then lets the new progress be known. What has no room stays in memory and is tried
 //! again, while its agent waits for the acknowledgement; other errors end the attempt's connection, and the next hello
 //! goes on from what is durable.
 
@@ -33,6 +33,7 @@ mod index;
 mod log;
 mod quarantine;
 mod reader;
+mod recency;
 mod recover;
 mod room;
 mod steps;
@@ -56,7 +57,7 @@ use phonehome_proto::{
     tally::Tally,
 };
 use tokio::{
-    sync::{mpsc, oneshot, watch},
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch},
     time::timeout,
 };
 
@@ -90,6 +91,7 @@ impl Durability {
 #[derive(Debug, Clone)]
 pub(crate) struct Store {
     jobs: mpsc::Sender<Job>,
+    room: QueueRoom,
     disk: Arc<dyn Disk>,
     nature: Arc<dyn Nature>,
     root: Arc<PathBuf>,
@@ -104,11 +106,16 @@ enum Job {
         writer: Writer,
         records: Vec<Record>,
         tally: Tally,
+        room: OwnedSemaphorePermit,
     },
     Finish {
         writer: Writer,
         finished: Box<Finished>,
         answer: FinishedAck,
+    },
+    /// Drops what is kept in memory of a build that has ended.
+    Forget {
+        build: BuildId,
     },
     Open {
         hello: Box<Hello>,
@@ -157,17 +164,6 @@ impl Kept {
     }
 }
 
-impl Job {
-    /// Payload it holds.
-    fn bytes(&self) -> usize {
-        match self {
-            Self::Append { records, .. } => records.iter().map(|record| record.payload.len()).sum(),
-            Self::Finish { .. } | Self::Open { .. } => 0,
-            Self::Rewind { .. } | Self::Survey { .. } | Self::Keep { .. } | Self::Report { .. } => 0,
-        }
-    }
-}
-
 /// Permission to write to one attempt.
 #[derive(Debug, Clone)]
 pub(crate) struct Writer {
@@ -208,8 +204,42 @@ pub(crate) enum OpenError {
 #[error("the store does not take records")]
 pub(crate) struct Stuck;
 
-/// Jobs waiting for the worker. Each holds at most one message, so this bounds memory too.
-const QUEUE: usize = 64;
+/// Jobs waiting for the worker: one of every agent that a server may have, so that one round takes them all. What they
+/// hold is bounded by [`QueueRoom`].
+const QUEUE: usize = 16 * 1024;
+
+/// Payload that may wait for the worker, bytes, and as much again is in its current round. What it does not take waits
+/// with its connection, which reads no more until then.
+///
+/// Small messages have a share of their own: no log bomb keeps a quiet build out of the next round.
+#[derive(Debug, Clone)]
+struct QueueRoom {
+    small: Arc<Semaphore>,
+    large: Arc<Semaphore>,
+}
+
+/// Payload of a small message, bytes: a few lines.
+const SMALL: u64 = 4 * 1024;
+
+/// Small messages that may wait, bytes: a line of every agent, and more.
+const SMALL_ROOM: usize = 4 * 1024 * 1024;
+
+/// Other messages that may wait, bytes: what a disk writes in about a tenth of a second.
+const LARGE_ROOM: usize = 12 * 1024 * 1024;
+
+impl QueueRoom {
+    fn new() -> Self {
+        Self { small: Arc::new(Semaphore::new(SMALL_ROOM)), large: Arc::new(Semaphore::new(LARGE_ROOM)) }
+    }
+
+    /// Waits for room, in turns.
+    async fn take(&self, records: &[Record]) -> Result<OwnedSemaphorePermit, Stuck> {
+        let cost: u64 = records.iter().map(Record::cost).sum();
+        let room = if cost <= SMALL { &self.small } else { &self.large };
+        let cost = u32::try_from(cost).unwrap_or(u32::MAX).min(LARGE_ROOM as u32);
+        room.clone().acquire_many_owned(cost).await.map_err(|_| Stuck)
+    }
+}
 
 /// How long a connection waits for the store before it closes with "storage unavailable".
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -229,7 +259,14 @@ impl Store {
         }
         let (jobs, queue) = mpsc::channel(QUEUE);
         Worker::start(env, queue, Steps::new(disk.clone(), root, durability), tasks)?;
-        Ok(Self { jobs, disk, nature: env.nature.clone(), root: Arc::new(root.to_owned()), durability })
+        Ok(Self {
+            jobs,
+            room: QueueRoom::new(),
+            disk,
+            nature: env.nature.clone(),
+            root: Arc::new(root.to_owned()),
+            durability,
+        })
     }
 
     pub(crate) fn time_of_day(&self) -> UnixMicros {
@@ -258,7 +295,8 @@ impl Store {
 
     /// Hands over new records. They are durable when the attempt's progress says so.
     pub(crate) async fn append(&self, writer: &Writer, records: Vec<Record>, tally: &Tally) -> Result<(), Stuck> {
-        self.send(Job::Append { writer: writer.clone(), records, tally: tally.clone() }).await
+        let room = timeout(PATIENCE, self.room.take(&records)).await.map_err(|_| Stuck)??;
+        self.send(Job::Append { writer: writer.clone(), records, tally: tally.clone(), room }).await
     }
 
     /// Hands over the end.
@@ -275,6 +313,12 @@ impl Store {
             Ok(Ok(Ok(rewound))) => Ok(rewound),
             Ok(Ok(Err(_)) | Err(_)) | Err(_) => Err(Stuck),
         }
+    }
+
+    /// Drops what is kept in memory of a build that has ended: its files can still be read, and whoever asks for it later
+    /// has it taken up from the disk.
+    pub(crate) async fn forget(&self, build: &BuildId) -> Result<(), Stuck> {
+        self.send(Job::Forget { build: build.clone() }).await
     }
 
     async fn send(&self, job: Job) -> Result<(), Stuck> {
@@ -394,6 +438,33 @@ mod tests {
         }
         scene.disk.heal();
         scene.progress(&opened.writer, |progress| progress.next == 1 && !progress.full).await;
+    }
+
+    #[tokio::test]
+    async fn no_large_message_waits_where_small_ones_do() {
+        let room = QueueRoom::new();
+        let records = |len: usize| [Record::new(0, 0, Stream::Stdout, 0, vec![b'x'; len].into())];
+        let large = records(60 * 1024);
+        let mut taken = Vec::new();
+        while let Ok(permit) = timeout(Duration::from_millis(1), room.take(&large)).await {
+            taken.push(permit.unwrap());
+        }
+        assert!((150..250).contains(&taken.len()), "{}", taken.len());
+        for _ in 0..10_000 {
+            taken.push(timeout(LIMIT, room.take(&records(80))).await.expect("there is room").unwrap());
+        }
+    }
+
+    #[tokio::test]
+    async fn a_build_that_was_forgotten_can_be_taken_up_again() {
+        let scene = Scene::new(Workers::Threads);
+        let mut agent = Agent::new(1);
+        let opened = scene.store.open_attempt(agent.hello(0), watch::Sender::new(0)).await.unwrap();
+        scene.append(&opened.writer, &mut agent, "stored").await;
+        scene.store.forget(&"b".parse().unwrap()).await.unwrap();
+        let found = scene.store.survey(&"b".parse().unwrap(), watch::Sender::new(0)).await.unwrap();
+        assert!(found.len() == 1 && !Arc::ptr_eq(&found[0].files, &opened.writer.files));
+        assert_eq!(found[0].files.progress.borrow().next, 1);
     }
 
     #[tokio::test]

@@ -687,7 +687,7 @@ mod tests {
         assert_eq!(
             serde_json::to_value(verdict).unwrap(),
             serde_json::json!({
-                "verdict": "failed", "step": "main", "end": {"exited": 3}, "complete": true, "incomplete": null,
+                "verdict": "failed", "step": "main", "end": {"exited": 3}, "complete": true, "incomplete": null, "ended": 0,
                 "steps": [{"step": "main", "attempt": 1, "complete": true, "records": 3, "bytes": 30, "digest": digest,
                     "cuts": 0, "exit_code": 3, "signal": null, "core": false, "oom": false, "reason": null, "usage": null}],
             })

@@ -295,7 +295,7 @@ mod tests {
 
         fn write(&self, log: &mut AttemptLog, agent: &mut Agent, stream: Stream, text: &str) {
             let records: Vec<Record> = vec![agent.write(stream, text)];
-            log.append(&[Batch { records, tally: Box::new(agent.tally.clone()) }]).and_then(|()| log.sync()).unwrap();
+            log.append(&[Batch { records, tally: agent.tally.clone() }]).and_then(|()| log.sync()).unwrap();
         }
 
         fn load(&self) -> Option<Archived> {

@@ -1,10 +1,11 @@
 //! What everybody may know of an attempt, and the small files that say whose it is and how it ended.
 
 use std::{
+    cell::OnceCell,
     collections::BTreeMap,
     io,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
 };
 
 use phonehome_env::disk::{Disk, File, Open};
@@ -30,8 +31,14 @@ pub(crate) struct AttemptFiles {
     pub(crate) dir: PathBuf,
     pub(crate) progress: watch::Sender<Progress>,
     disk: Arc<dyn Disk>,
-    /// The index, open for [`Self::stored_crc`].
-    index: Mutex<Option<Arc<dyn File>>>,
+}
+
+/// Looks checksums of stored records up. The index is opened for the first of them: few messages have records that are
+/// stored already.
+#[derive(Debug)]
+pub(crate) struct Checksums<'a> {
+    files: &'a AttemptFiles,
+    index: OnceCell<Option<Box<dyn File>>>,
 }
 
 /// What is durable.
@@ -66,7 +73,7 @@ impl AttemptFiles {
         dir: PathBuf,
     ) -> Arc<Self> {
         let progress = watch::Sender::new(Progress::default());
-        Arc::new(Self { build, step, attempt, dir, progress, disk, index: Mutex::new(None) })
+        Arc::new(Self { build, step, attempt, dir, progress, disk })
     }
 
     /// Opens one of the files to read it.
@@ -123,9 +130,16 @@ impl AttemptFiles {
         if counted.next() > 0 { Ok(counted.counts().output_bytes()) } else { self.open("log")?.len() }
     }
 
-    /// Checksum of a record that is stored, whether synced or not.
-    pub(crate) fn stored_crc(&self, seq: u64) -> Option<u32> {
-        let index = self.index().ok()?;
+    /// The checksums of what is stored, whether synced or not.
+    pub(crate) fn checksums(&self) -> Checksums<'_> {
+        Checksums { files: self, index: OnceCell::new() }
+    }
+}
+
+impl Checksums<'_> {
+    /// Of one record; `None` when it is not stored.
+    pub(crate) fn of(&self, seq: u64) -> Option<u32> {
+        let index = self.index.get_or_init(|| self.files.open("index").ok()).as_ref()?;
         let mut wire = [0; ENTRY];
         let (mut low, mut high) = (0, index.len().ok()? / ENTRY as u64);
         while low < high {
@@ -139,21 +153,6 @@ impl AttemptFiles {
             }
         }
         None
-    }
-
-    fn index(&self) -> io::Result<Arc<dyn File>> {
-        let mut index = self.index.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(open) = &*index {
-            return Ok(open.clone());
-        }
-        let opened: Arc<dyn File> = self.open("index")?.into();
-        *index = Some(opened.clone());
-        Ok(opened)
-    }
-
-    /// Nobody asks for checksums any more, or another file has the name now.
-    pub(super) fn close_index(&self) {
-        *self.index.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 }
 
@@ -243,10 +242,11 @@ mod tests {
         log.append(&[Batch { records: records.clone(), tally: agent.tally.clone() }]).unwrap();
         let (build, step) = ("b".parse().unwrap(), StepName::default());
         let files = AttemptFiles::new(Arc::new(RealDisk), build, step, 1, dir.path().to_owned());
+        let checksums = files.checksums();
         for record in records {
-            assert_eq!(files.stored_crc(record.seq), Some(record.crc), "{}", record.seq);
+            assert_eq!(checksums.of(record.seq), Some(record.crc), "{}", record.seq);
             drop(std::fs::remove_file(dir.path().join("index"))); // what is open stays
         }
-        assert_eq!((files.stored_crc(2), files.stored_crc(12)), (None, None));
+        assert_eq!((checksums.of(2), checksums.of(12)), (None, None));
     }
 }

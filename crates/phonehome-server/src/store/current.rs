@@ -53,6 +53,10 @@ impl Current {
         self.state == State::Full
     }
 
+    pub(super) fn is_failed(&self) -> bool {
+        self.state == State::Failed
+    }
+
     pub(super) fn is_finished(&self) -> bool {
         self.log.finished().is_some()
     }
@@ -90,7 +94,6 @@ impl Current {
 
     fn revive(&mut self) -> Result<(), OpenError> {
         if self.state == State::Failed && self.log.revive()? {
-            self.files.close_index();
             self.files.progress.send_modify(|progress| progress.generation += 1);
         }
         self.state = State::Works;
@@ -149,6 +152,25 @@ impl Current {
         }
     }
 
+    /// Files that have to be synced.
+    pub(super) fn unsynced(&self) -> usize {
+        if self.state == State::Failed { 0 } else { self.log.unsynced() }
+    }
+
+    /// The whole file system was synced: instead of [`Self::sync`].
+    pub(super) fn note_synced(&mut self) {
+        if self.state != State::Failed {
+            self.log.note_synced();
+        }
+    }
+
+    /// The whole file system could not be synced.
+    pub(super) fn distrust(&mut self, error: &io::Error) {
+        if self.log.distrust() && self.state != State::Failed {
+            self.fail(error);
+        }
+    }
+
     /// The third: writes the end behind the last record. Tells whether it did.
     pub(super) fn end(&mut self, room: &mut Room) -> bool {
         if self.state == State::Failed || !self.waiting.is_empty() {
@@ -193,10 +215,18 @@ impl Current {
         }
     }
 
+    /// Closes the files until somebody writes again, also before they are synced: the whole file system will be.
+    pub(super) fn close_unsynced(&mut self) {
+        self.log.close_unsynced();
+    }
+
+    pub(super) fn is_open(&self) -> bool {
+        self.log.is_open()
+    }
+
     /// Closes the files until somebody writes again.
     pub(super) fn close(&mut self) {
         self.log.close();
-        self.files.close_index();
     }
 
     fn handle_error(&mut self, error: &io::Error) {

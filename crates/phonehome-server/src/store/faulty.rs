@@ -8,7 +8,7 @@ use std::{
     sync::{Arc, Mutex},
 };
 
-use phonehome_env::disk::{Disk, File, Open, RealDisk};
+use phonehome_env::disk::{Disk, File, Open, RealDisk, Volume};
 use phonehome_proto::{
     frame::{End, Finished, Hello, Record, Stream},
     id::{ProducerId, StepName},
@@ -126,6 +126,22 @@ impl Disk for FaultyDisk {
 
     fn exists(&self, path: &Path) -> io::Result<bool> {
         RealDisk.exists(path)
+    }
+
+    fn volume(&self, dir: &Path) -> io::Result<Option<Box<dyn Volume>>> {
+        Ok(Some(Box::new(FaultyVolume { dir: dir.to_owned(), disk: self.clone() })))
+    }
+}
+
+#[derive(Debug)]
+struct FaultyVolume {
+    dir: PathBuf,
+    disk: FaultyDisk,
+}
+
+impl Volume for FaultyVolume {
+    fn sync(&self) -> io::Result<()> {
+        self.disk.check("syncfs", &self.dir)
     }
 }
 

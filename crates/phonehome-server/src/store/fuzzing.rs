@@ -9,7 +9,7 @@ use phonehome_proto::{
     receiver::Ending,
     tally::Tally,
 };
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 
 use super::{
     AttemptReader, Durability, Found,
@@ -56,12 +56,16 @@ pub fn store(
     finished: Option<&Finished>,
 ) -> Result<u64, String> {
     let mut steps = Steps::new(disk.clone(), data, Durability::Fsync);
-    let opened = steps.open(hello.clone(), watch::Sender::new(0)).map_err(|error| error.to_string())?;
+    let (reply, mut opened) = oneshot::channel();
+    steps.open(hello.clone(), watch::Sender::new(0), reply);
+    steps.commit();
+    let opened = opened.try_recv().map_err(|_| "no answer")?.map_err(|error| error.to_string())?;
     let (writer, mut receiver) = (opened.writer, opened.receiver);
     let next = receiver.next();
     for round in rounds {
         let mut records = round.clone();
-        receiver.handle_records(&mut records, |seq| writer.files.stored_crc(seq)).map_err(|error| error.to_string())?;
+        let stored = writer.files.checksums();
+        receiver.handle_records(&mut records, |seq| stored.of(seq)).map_err(|error| error.to_string())?;
         steps.append(&writer, records, receiver.tally().clone());
         steps.commit();
     }

@@ -72,6 +72,32 @@ pub(super) const NAMES: [&str; 3] = ["log", "events", "index"];
 impl AttemptLog {
     /// Makes an attempt, durably: before anybody hears of it, its directory says whose it is.
     pub(super) fn create(disk: Arc<dyn Disk>, dir: &Path, owner: &Owner, durability: Durability) -> io::Result<Self> {
+        let log = Self::empty(disk, dir, durability)?;
+        let durable = durability == Durability::Fsync;
+        write_whole(&*log.disk, &dir.join("attempt.json"), &serde_json::to_vec_pretty(owner)?, durable)?;
+        if durable {
+            dir.ancestors().skip(1).take(3).try_for_each(|above| log.disk.sync_dir(above))?;
+        }
+        Ok(log)
+    }
+
+    /// The first half of [`Self::create`] for many attempts at once: [`Self::name`] is the second, when the file system
+    /// was synced. Once it was synced again, it is as durable as if it had been created alone.
+    pub(super) fn stage(disk: Arc<dyn Disk>, dir: &Path, owner: &Owner) -> io::Result<Self> {
+        let mut log = Self::empty(disk, dir, Durability::Fsync)?;
+        let file = log.disk.open(&dir.join("attempt.tmp"), Open::Write)?;
+        file.set_len(0)?;
+        file.write_all_at(&mut [IoSlice::new(&serde_json::to_vec_pretty(owner)?)], 0)?;
+        log.close();
+        Ok(log)
+    }
+
+    /// Makes it an attempt.
+    pub(super) fn name(&self) -> io::Result<()> {
+        self.disk.rename(&self.dir.join("attempt.tmp"), &self.dir.join("attempt.json"))
+    }
+
+    fn empty(disk: Arc<dyn Disk>, dir: &Path, durability: Durability) -> io::Result<Self> {
         disk.create_dirs(dir)?;
         let mut log = Self::resume(disk, dir, durability, Point::default(), None);
         for (file, name) in log.files()?.iter().zip(NAMES) {
@@ -79,11 +105,6 @@ impl AttemptLog {
                 let told = format!("{} has no owner: move {} aside", dir.join(name).display(), dir.display());
                 return Err(io::Error::new(io::ErrorKind::InvalidData, told));
             }
-        }
-        let durable = durability == Durability::Fsync;
-        write_whole(&*log.disk, &dir.join("attempt.json"), &serde_json::to_vec_pretty(owner)?, durable)?;
-        if durable {
-            dir.ancestors().skip(1).take(3).try_for_each(|above| log.disk.sync_dir(above))?;
         }
         Ok(log)
     }
@@ -162,6 +183,39 @@ impl AttemptLog {
         }
     }
 
+    /// Closes the files before they are synced: only for one who is going to sync the whole file system, and says how
+    /// that went with [`Self::note_synced`] or [`Self::distrust`].
+    pub(super) fn close_unsynced(&mut self) {
+        self.open = None;
+    }
+
+    pub(super) fn is_open(&self) -> bool {
+        self.open.is_some()
+    }
+
+    /// Files that [`Self::sync`] would sync.
+    pub(super) fn unsynced(&self) -> usize {
+        match self.durability {
+            Durability::Fsync => self.touched.into_iter().filter(|&touched| touched).count(),
+            Durability::Os => 0,
+        }
+    }
+
+    /// Everything appended was made durable, with all else on the file system.
+    pub(super) fn note_synced(&mut self) {
+        self.touched = [false; 3];
+        self.durable.clone_from(&self.written);
+    }
+
+    /// The file system could not be synced, and nobody knows what of it: every file that was written to may have been
+    /// hit. Tells whether there is one.
+    pub(super) fn distrust(&mut self) -> bool {
+        for (broken, touched) in self.broken.iter_mut().zip(self.touched) {
+            *broken |= touched;
+        }
+        self.unsynced() > 0
+    }
+
     /// Writes records behind what is there. When there is no room for all of them, none are there.
     pub(super) fn append(&mut self, batches: &[Batch]) -> io::Result<()> {
         let Some(last) = batches.last() else { return Ok(()) };
@@ -226,8 +280,7 @@ impl AttemptLog {
                 self.touched[at] = false;
             }
         }
-        self.touched = [false; 3];
-        self.durable.clone_from(&self.written);
+        self.note_synced();
         Ok(())
     }
 

@@ -25,19 +25,22 @@ use super::{
 /// Opens an attempt with everything in it that is good: what its index entries, bytes and checksums agree on.
 ///
 /// All that is stored is read once, which takes as long as the disk needs for the log's size; meanwhile nothing else is
-/// stored.
-pub(super) fn open(disk: &Arc<dyn Disk>, dir: &Path, durability: Durability) -> io::Result<AttemptLog> {
+/// stored. What is there need not be made durable when it is known to be `settled`.
+pub(super) fn open(disk: &Arc<dyn Disk>, dir: &Path, durability: Durability, settled: bool) -> io::Result<AttemptLog> {
     quarantine::complete(&**disk, dir)?;
-    let mut log = take_up(disk, dir, durability)?;
-    log.confirm()?;
+    let (mut log, state) = take_up(disk, dir, durability)?;
+    if !settled || state != State::Sound {
+        log.confirm()?;
+    }
     Ok(log)
 }
 
-fn take_up(disk: &Arc<dyn Disk>, dir: &Path, durability: Durability) -> io::Result<AttemptLog> {
+fn take_up(disk: &Arc<dyn Disk>, dir: &Path, durability: Durability) -> io::Result<(AttemptLog, State)> {
     let files = open_all(&**disk, dir)?;
     let end = End::read(&**disk, dir)?;
     let found = Found::look(&files)?;
-    match found.judge(&end) {
+    let state = found.judge(&end);
+    match state {
         State::Sound => {}
         State::Torn => found.cut(&files, dir)?,
         State::Damaged => {
@@ -45,11 +48,11 @@ fn take_up(disk: &Arc<dyn Disk>, dir: &Path, durability: Durability) -> io::Resu
             if restored.is_err() {
                 drop(quarantine::complete(&**disk, dir)); // leftovers take room; the error that counts is the first
             }
-            return restored;
+            return Ok((restored?, state));
         }
     }
     let finished = end.known().map(|ended| (ended.finished.clone(), ended.answer.clone()));
-    Ok(AttemptLog::resume(disk.clone(), dir, durability, found.sound, finished))
+    Ok((AttemptLog::resume(disk.clone(), dir, durability, found.sound, finished), state))
 }
 
 /// What an attempt's files turn out to be.
@@ -464,7 +467,7 @@ mod tests {
 
         fn try_open(&self) -> io::Result<AttemptLog> {
             let disk: Arc<dyn Disk> = Arc::new(self.disk.clone());
-            open(&disk, &self.path(""), Durability::Fsync)
+            open(&disk, &self.path(""), Durability::Fsync, false)
         }
 
         fn open(&self) -> AttemptLog {

@@ -1,6 +1,6 @@
 //! The one task or thread that writes: takes what has gathered, writes it, syncs it, and only then lets anybody know.
 
-use std::{io, sync::Arc, time::Duration};
+use std::{io, mem, sync::Arc, time::Duration};
 
 use phonehome_env::{Env, Workers};
 use tokio::{
@@ -23,12 +23,6 @@ pub(super) struct Worker {
     delay: Option<Arc<dyn Fn() -> Duration + Send + Sync>>,
 }
 
-/// Jobs handled between two rounds of syncing.
-const ROUND: usize = 256;
-
-/// Payload after which a round is full, bytes: what is in it is in memory, and acknowledged only when all of it is synced.
-const ROUND_BYTES: usize = 16 * 1024 * 1024;
-
 impl Worker {
     /// Starts where this machine's work is done that waits for a disk.
     pub(super) fn start(env: &Env, queue: mpsc::Receiver<Job>, steps: Steps, tasks: &Tasks) -> io::Result<()> {
@@ -46,9 +40,9 @@ impl Worker {
 
     async fn run(mut self) {
         self.steps.prepare();
-        let mut round = Vec::with_capacity(ROUND);
+        let mut round = Vec::new();
         while self.gather(&mut round).await {
-            for job in round.drain(..) {
+            for job in mem::take(&mut round) {
                 self.take(job);
             }
             self.steps.commit();
@@ -68,26 +62,22 @@ impl Worker {
         if let Some(delay) = &self.delay {
             sleep(delay()).await;
         }
-        let mut bytes = first.bytes();
         round.push(first);
-        while round.len() < ROUND
-            && bytes < ROUND_BYTES
-            && let Ok(job) = self.queue.try_recv()
-        {
-            bytes += job.bytes();
-            round.push(job);
-        }
+        // No more than the queue holds: what comes while it is emptied is the next round's.
+        let more = self.queue.len();
+        round.extend(std::iter::from_fn(|| self.queue.try_recv().ok()).take(more));
         true
     }
 
     fn take(&mut self, job: Job) {
         match job {
-            Job::Append { writer, records, tally } => self.steps.append(&writer, records, tally),
-            Job::Finish { writer, finished, answer } => self.steps.finish(&writer, *finished, answer),
-            Job::Open { hello, changed, reply } => {
-                let opened = self.steps.open(*hello, changed);
-                drop(reply.send(opened)); // a connection that is gone has no use for it
+            Job::Append { writer, records, tally, room } => {
+                drop(room); // they are in the round now
+                self.steps.append(&writer, records, tally);
             }
+            Job::Finish { writer, finished, answer } => self.steps.finish(&writer, *finished, answer),
+            Job::Forget { build } => self.steps.forget(&build),
+            Job::Open { hello, changed, reply } => self.steps.open(*hello, changed, reply),
             Job::Rewind { writer, tally, reply } => {
                 drop(reply.send(self.steps.rewind(&writer, tally))); // a connection that is gone does not go on
             }
