@@ -20,6 +20,8 @@ use tokio::sync::watch;
 use super::{
     index::{ENTRY, Entry},
     log::NAMES,
+    seal::{is_sealed, sealed_path},
+    sealed::SealedFile,
 };
 
 /// Whose an attempt is, where it lies, how far it has got.
@@ -76,9 +78,16 @@ impl AttemptFiles {
         Arc::new(Self { build, step, attempt, dir, progress, disk })
     }
 
-    /// Opens one of the files to read it.
+    /// Opens one of the files to read it, plain or sealed.
     pub(super) fn open(&self, name: &str) -> io::Result<Box<dyn File>> {
-        self.disk.open(&self.dir.join(name), Open::Read)
+        let plain = self.dir.join(name);
+        match self.disk.open(&plain, Open::Read) {
+            Err(error) if is_missing(&error) => match self.disk.open(&sealed_path(&plain), Open::Read) {
+                Ok(sealed) => Ok(Box::new(SealedFile::open(sealed)?)),
+                Err(_) => Err(error),
+            },
+            opened => opened,
+        }
     }
 
     /// What its agent said about itself when it came.
@@ -117,7 +126,7 @@ impl AttemptFiles {
     ///
     /// When the directory cannot be looked at.
     pub(crate) fn is_sealed(&self) -> io::Result<bool> {
-        Ok(!self.disk.exists(&self.dir.join("index"))?)
+        is_sealed(&*self.disk, &self.dir)
     }
 
     /// Bytes of output that are stored.

@@ -16,6 +16,7 @@ use super::{
     Durability,
     attempt::{Ended, Owner},
     index::{ENTRY, Entry},
+    seal::sealed_path,
 };
 
 /// One attempt's files and how far they have got.
@@ -358,7 +359,14 @@ impl AttemptLog {
     }
 }
 
+/// Opens the files to write them, unless they are sealed: a new plain file would hide the sealed one.
 pub(super) fn open_all(disk: &dyn Disk, dir: &Path) -> io::Result<[Box<dyn File>; 3]> {
+    for path in NAMES.map(|name| dir.join(name)) {
+        if disk.exists(&sealed_path(&path))? && !disk.exists(&path)? {
+            let told = format!("{} is sealed: its build has ended", dir.display());
+            return Err(io::Error::new(io::ErrorKind::ReadOnlyFilesystem, told));
+        }
+    }
     let [log, events, index] = NAMES.map(|name| disk.open(&dir.join(name), Open::Write));
     Ok([log?, events?, index?])
 }

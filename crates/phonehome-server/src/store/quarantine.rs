@@ -22,6 +22,7 @@ use tracing::error;
 use super::{
     attempt::{Ended, Owner, is_missing, read_optional},
     log::{AttemptLog, Batch, NAMES, Point, fresh, open_fresh},
+    seal::sealed_path,
 };
 
 /// `repair.json`: a change that was decided.
@@ -176,9 +177,10 @@ pub(super) fn owner(disk: &dyn Disk, dir: &Path) -> io::Result<Option<Owner>> {
 }
 
 fn has_records(disk: &dyn Disk, dir: &Path) -> io::Result<bool> {
-    match disk.open(&dir.join("index"), Open::Read) {
+    let index = dir.join("index");
+    match disk.open(&index, Open::Read) {
         Ok(index) => Ok(!index.is_empty()?),
-        Err(error) if is_missing(&error) => Ok(false),
+        Err(error) if is_missing(&error) => Ok(disk.open(&sealed_path(&index), Open::Read).is_ok()),
         Err(error) => Err(error),
     }
 }
