@@ -216,3 +216,64 @@ async fn one_server_has_a_data_directory() {
     let told = String::from_utf8(refused.stderr.all().await).unwrap();
     assert!(told.contains("another server"), "{told}");
 }
+
+#[tokio::test]
+async fn an_ended_build_is_sealed_verified_and_removed() {
+    let mut standing = Standing::start(&["--seal-after", "1s"]).await;
+    let token = standing.declare_one("b").await;
+    assert_eq!(standing.agent("b", &token, &["--tee", "off"], "seq 1 100000; echo err >&2").ended().await, 0);
+    let ended = standing.ended("b").await;
+    let stored = standing.stored("b", "main");
+    standing.process.stderr.shows("\"sealed\"").await;
+    let dir = standing.data.join("builds/b/main/1");
+    assert!(!dir.join("log").exists() && dir.join("log.zst").metadata().unwrap().len() < stored.len() as u64 / 3);
+    for _ in 0..2 {
+        let sealed = standing.get("/api/v1/builds/b").await.json();
+        assert_eq!((&sealed["sealed"], &sealed["bytes"]), (&json!(true), &ended["bytes"]));
+        let verified = standing.post("/api/v1/builds/b/verify", json!({})).await.json();
+        assert_eq!(verified["ok"], json!(true), "{verified}");
+        assert_eq!(verified["attempts"][0]["stored_digest"], json!(blake3::hash(&stored).to_hex().as_str()));
+        standing.crash().await;
+    }
+    let mut damaged = std::fs::read(dir.join("log.zst")).unwrap();
+    let middle = damaged.len() / 2;
+    damaged[middle] ^= 1;
+    std::fs::write(dir.join("log.zst"), damaged).unwrap();
+    let verified = standing.post("/api/v1/builds/b/verify", json!({})).await.json();
+    assert_eq!(verified["ok"], json!(false));
+    assert!(verified["attempts"][0]["problem"].is_string(), "{verified}");
+
+    assert_eq!(standing.ask("DELETE", "/api/v1/builds/b", READER, None).await.status, 403);
+    assert_eq!(standing.ask("DELETE", "/api/v1/builds/b", ADMIN, None).await.status, 204);
+    let gone = standing.get("/api/v1/builds/b").await;
+    assert_eq!(gone.status, 410, "{gone:?}");
+    assert!(!standing.data.join("builds/b").exists());
+    standing.declare_one("running").await;
+    assert_eq!(standing.ask("DELETE", "/api/v1/builds/running", ADMIN, None).await.status, 409);
+    assert_eq!(standing.ask("DELETE", "/api/v1/builds/never", ADMIN, None).await.status, 404);
+}
+
+#[tokio::test]
+async fn what_the_rules_remove_is_told_before_it_goes() {
+    let mut standing = Standing::start(&[]).await;
+    for id in ["one", "two", "three"] {
+        let token = standing.declare_one(id).await;
+        assert_eq!(standing.agent(id, &token, &[], "echo hello").ended().await, 0);
+        standing.ended(id).await;
+    }
+    standing.process.signal(rustix::process::Signal::TERM);
+    assert_eq!(standing.process.ended().await, 0);
+    standing.options(&["--keep-builds", "1"]);
+    standing.start_again().await;
+    let ids = async || {
+        let listed = standing.get("/api/v1/builds").await.json();
+        let builds = listed["builds"].as_array().unwrap();
+        builds.iter().map(|build| build["id"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
+    };
+    let dry = standing.post("/api/v1/retention?dry_run=true", json!({})).await.json();
+    if dry["expire"].as_array().unwrap().len() == 2 {
+        assert_eq!((&dry["expire"][0]["id"], &dry["expire"][0]["rule"]), (&json!("one"), &json!("count")));
+        standing.post("/api/v1/retention", json!({})).await;
+    }
+    assert_eq!(ids().await, ["three"]); // by the request, or by the server itself
+}

@@ -13,7 +13,7 @@ use std::{
 use phonehome_proto::{frame::UnixMicros, id::BuildId};
 use rusqlite::{Connection, OptionalExtension, params, params_from_iter, types::Value};
 
-use crate::{builds::TokenHash, summary::Summary};
+use crate::{builds::TokenHash, retention::Ended, summary::Summary};
 
 /// The catalogue of one data directory. Clones share it.
 #[derive(Debug, Clone)]
@@ -54,19 +54,14 @@ pub(crate) struct Page {
     pub(crate) next: Option<(UnixMicros, String)>,
 }
 
-/// An ended build that may be sealed or expired.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct EndedBuild {
-    pub(crate) id: BuildId,
-    pub(crate) ended: UnixMicros,
-    pub(crate) stored: u64,
-}
-
 /// The name of the database in the data directory.
 pub(crate) const FILE: &str = "catalogue.db";
 
 /// Raised with every change of the tables: an older database is made again.
 const VERSION: i64 = 1;
+
+/// Removals that are remembered.
+const REMEMBERED: i64 = 10_000;
 
 const SCHEMA: &str = "
     CREATE TABLE builds (
@@ -82,6 +77,8 @@ const SCHEMA: &str = "
         PRIMARY KEY (build, key)
     ) WITHOUT ROWID;
     CREATE INDEX labels_by_key ON labels (key, value, build);
+    CREATE TABLE expired (id TEXT PRIMARY KEY, at INTEGER NOT NULL, why TEXT NOT NULL) WITHOUT ROWID;
+    CREATE INDEX expired_by_time ON expired (at);
 ";
 
 impl Catalogue {
@@ -149,6 +146,29 @@ impl Catalogue {
         self.with(|connection| connection.execute("DELETE FROM builds WHERE id = ?1", [id])).map(drop)
     }
 
+    /// Takes a build out and remembers why, for whoever asks for it later. Of the oldest removals nothing is remembered.
+    pub(crate) fn expire(&self, id: &BuildId, why: &str, now: UnixMicros) -> io::Result<()> {
+        self.with(|connection| {
+            let transaction = connection.transaction()?;
+            transaction.execute("DELETE FROM builds WHERE id = ?1", [id.as_str()])?;
+            transaction
+                .execute("INSERT OR REPLACE INTO expired VALUES (?1, ?2, ?3)", params![id.as_str(), now as i64, why])?;
+            transaction.execute(
+                "DELETE FROM expired WHERE id IN (SELECT id FROM expired ORDER BY at DESC LIMIT -1 OFFSET ?1)",
+                [REMEMBERED],
+            )?;
+            transaction.commit()
+        })
+    }
+
+    /// When and why a build was removed.
+    pub(crate) fn expired(&self, id: &BuildId) -> io::Result<Option<(UnixMicros, String)>> {
+        self.with(|connection| {
+            let row = |row: &rusqlite::Row<'_>| Ok((row.get::<_, i64>(0)? as u64, row.get(1)?));
+            connection.query_row("SELECT at, why FROM expired WHERE id = ?1", [id.as_str()], row).optional()
+        })
+    }
+
     /// The build a token is for.
     pub(crate) fn by_token(&self, token: &TokenHash) -> io::Result<Option<BuildId>> {
         let found: Option<String> = self.with(|connection| {
@@ -168,7 +188,7 @@ impl Catalogue {
     }
 
     /// Ended builds, the first to end first. Only those that are not sealed and ended before `unsealed_before`, or all.
-    pub(crate) fn ended(&self, unsealed_before: Option<UnixMicros>) -> io::Result<Vec<EndedBuild>> {
+    pub(crate) fn ended(&self, unsealed_before: Option<UnixMicros>) -> io::Result<Vec<Ended>> {
         self.with(|connection| {
             let before = unsealed_before.map_or(i64::MAX, |before| before as i64);
             let mut query = connection.prepare(
@@ -182,7 +202,7 @@ impl Catalogue {
             for row in rows {
                 let (id, ended, stored) = row?;
                 if let Ok(id) = id.parse() {
-                    found.push(EndedBuild { id, ended: ended as u64, stored: stored as u64 });
+                    found.push(Ended { id, ended: ended as u64, bytes: stored as u64 });
                 }
             }
             Ok(found)
@@ -310,6 +330,16 @@ mod tests {
         assert_eq!(catalogue.ended(Some(1)).unwrap().len(), 0, "it ended at 1");
         catalogue.remove("b").unwrap();
         assert!(catalogue.ids().unwrap().is_empty() && catalogue.by_token(&hash_token("b")).unwrap().is_none());
+    }
+
+    #[test]
+    fn what_was_removed_is_remembered_for_a_while() {
+        let (_dir, catalogue) = scene();
+        put(&catalogue, "b", 1, Some("lost"), &[("app", "x")]);
+        catalogue.expire(&"b".parse().unwrap(), "age", 7).unwrap();
+        assert!(catalogue.ids().unwrap().is_empty());
+        assert_eq!(catalogue.expired(&"b".parse().unwrap()).unwrap(), Some((7, "age".to_owned())));
+        assert_eq!(catalogue.expired(&"c".parse().unwrap()).unwrap(), None);
     }
 
     #[test]

@@ -6,6 +6,7 @@ mod auth;
 mod body;
 mod builds;
 mod health;
+mod keeping;
 mod params;
 mod problem;
 mod reports;
@@ -24,11 +25,13 @@ use crate::serve::Standing;
 pub(crate) fn router(standing: Arc<Standing>) -> Router {
     let api = Router::new()
         .route("/builds", get(builds::list).post(builds::declare))
-        .route("/builds/{id}", get(builds::show))
+        .route("/builds/{id}", get(builds::show).delete(keeping::delete))
         .route("/builds/{id}/cancel", post(builds::cancel))
         .route("/builds/{id}/events", post(reports::report))
+        .route("/builds/{id}/verify", post(keeping::check))
         .route("/builds/{id}/wait", get(builds::wait))
         .route("/events", post(reports::report_of_any))
+        .route("/retention", post(keeping::retain))
         .route("/version", get(health::version));
     Router::new()
         .nest("/api/v1", api)

@@ -58,8 +58,11 @@ mod hook;
 #[cfg(feature = "http")]
 mod http;
 mod identity;
+#[cfg(feature = "http")]
+mod keeper;
 mod listener;
 mod report;
+mod retention;
 #[cfg(feature = "http")]
 mod serve;
 mod server;

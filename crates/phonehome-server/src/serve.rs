@@ -21,9 +21,10 @@ use crate::{
     builds::{Build, Clocks, Verdict, hash_token},
     catalogue::{Catalogue, Entry},
     declaration::Declaration,
+    keeper::{Care, Keeper},
     report::{MAX_REPORTS, Report},
     server::Shared,
-    store::archive,
+    store::{archive, expire},
     summary::Summary,
     tasks::Tasks,
 };
@@ -39,6 +40,8 @@ pub(crate) struct Settings {
     pub(crate) tls: bool,
     /// Builds that may run at once.
     pub(crate) max_builds: usize,
+    /// What becomes of builds after their end.
+    pub(crate) care: Care,
     /// SHA-256 of the tokens for everything, and for reading.
     pub(crate) admin: Option<Digest>,
     pub(crate) read: Option<Digest>,
@@ -123,12 +126,14 @@ impl Standing {
         for (id, declaration, reports) in running {
             standing.resume(id, declaration, reports);
         }
+        standing.tasks.spawn(Keeper::new(standing.clone()).run());
         Ok(standing)
     }
 
     /// Makes the catalogue agree with the directories, and returns the builds that have no verdict.
     fn reconcile(&self) -> io::Result<Vec<(BuildId, Declaration, Vec<Report>)>> {
         let (disk, data) = (self.shared.store.disk(), self.shared.store.data());
+        expire::finish_removals(&**disk, data)?;
         let mut known = self.catalogue.ids()?;
         let mut running = Vec::new();
         for id in archive::list(&**disk, data)? {
@@ -234,10 +239,16 @@ impl Standing {
         }
         self.enter_aside(&build).await;
         drop(timeout(CONFIRMATION, build.confirmed()).await); // an agent that never comes back is not waited for
-        sleep(LINGER).await;
-        self.shared.builds.remove(&build.id);
-        if self.shared.store.forget(&build.id).await.is_err() {
-            debug!(build = %build.id, "the store is too busy to forget it");
+        sleep(self.settings.care.seal_after.map_or(LINGER, |after| after.min(LINGER))).await;
+        self.let_go(&build.id).await;
+    }
+
+    /// Drops what is in memory of a build that has ended.
+    pub(crate) async fn let_go(&self, id: &BuildId) {
+        self.shared.builds.remove(id);
+        self.archived.lock().unwrap_or_else(PoisonError::into_inner).remove(id);
+        if self.shared.store.forget(id).await.is_err() {
+            debug!(build = %id, "the store is too busy to forget it");
         }
     }
 

@@ -46,6 +46,11 @@ impl Standing {
         standing
     }
 
+    /// The options of its next start.
+    pub(crate) fn options(&mut self, options: &[&str]) {
+        self.options = options.iter().map(|option| (*option).to_owned()).collect();
+    }
+
     /// Kills it where it stands and starts it again.
     pub(crate) async fn crash(&mut self) {
         self.process.signal(Signal::KILL);

@@ -3,6 +3,7 @@
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use anyhow::{Context, ensure};
+use bytesize::ByteSize;
 use clap::{Parser, ValueEnum};
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -15,7 +16,8 @@ use super::{
     hook_args::{Limit, duration},
 };
 use crate::{
-    Clocks, Config, Durability, Server, builds::hash_token, identity::Identity, serve::Settings, server::draw_token,
+    Clocks, Config, Durability, Server, builds::hash_token, identity::Identity, keeper::Care, retention::Policy,
+    serve::Settings, server::draw_token,
 };
 
 /// Receives any number of builds, keeps them, and serves an API to watch and read them
@@ -52,6 +54,22 @@ pub(super) struct ServeArgs {
     /// What an acknowledgement promises
     #[arg(long, value_name = "WHAT", default_value = "fsync", env = "PHONEHOME_DURABILITY", help_heading = "Storage")]
     durability: Promise,
+
+    /// Compress the logs of a build this long after its end; off for never
+    #[arg(long, value_name = "TIME", default_value = "10m", env = "PHONEHOME_SEAL_AFTER", help_heading = "Storage")]
+    seal_after: Limit,
+
+    /// Remove ended builds this long after their end; off for never
+    #[arg(long, value_name = "TIME", default_value = "off", env = "PHONEHOME_KEEP_FOR", help_heading = "Storage")]
+    keep_for: Limit,
+
+    /// Keep at most so many ended builds, the oldest go first
+    #[arg(long, value_name = "N", env = "PHONEHOME_KEEP_BUILDS", help_heading = "Storage")]
+    keep_builds: Option<u64>,
+
+    /// Keep ended builds while they have at most this much on the disk together, such as 100GiB; the oldest go first
+    #[arg(long, value_name = "SIZE", env = "PHONEHOME_KEEP_BYTES", help_heading = "Storage")]
+    keep_bytes: Option<ByteSize>,
 
     /// Builds that may run at once
     #[arg(long, value_name = "N", default_value = "20000", env = "PHONEHOME_MAX_BUILDS", help_heading = "Limits")]
@@ -153,6 +171,14 @@ fn settings(args: &ServeArgs) -> anyhow::Result<Settings> {
         advertise: args.advertise.clone(),
         tls: args.tls_self_signed,
         max_builds: args.max_builds,
+        care: Care {
+            seal_after: args.seal_after.0,
+            policy: Policy {
+                keep_for: args.keep_for.0,
+                keep_builds: args.keep_builds,
+                keep_bytes: args.keep_bytes.map(|size| size.as_u64()),
+            },
+        },
         admin: Some(hash_token(&admin)),
         read: secret("PHONEHOME_READ_TOKEN").map(|token| hash_token(&token)),
     })

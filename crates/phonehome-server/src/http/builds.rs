@@ -279,6 +279,24 @@ impl FromStr for Place {
 }
 
 impl Standing {
+    /// A build that somebody asks for.
+    pub(crate) async fn known(&self, id: &BuildId) -> Result<Arc<Build>, Problem> {
+        match self.find(id).await? {
+            Some(build) => Ok(build),
+            None => Err(self.missing(id).await),
+        }
+    }
+
+    /// Why there is no such build.
+    pub(crate) async fn missing(&self, id: &BuildId) -> Problem {
+        let (catalogue, wanted) = (self.catalogue.clone(), id.clone());
+        match self.shared.env.blocking(move || catalogue.expired(&wanted)).await {
+            Ok(Some((at, why))) => Problem::gone(format!("build {id} was removed at {} ({why})", rfc3339(at))),
+            Ok(None) => Problem::no_build(id.as_str()),
+            Err(error) => error.into(),
+        }
+    }
+
     /// A row of the catalogue, brought up to date for a build that runs.
     fn fresh(&self, row: Summary) -> Summary {
         let running = self.shared.builds.find(&row.id);
@@ -449,7 +467,7 @@ pub(crate) async fn show(
 }
 
 async fn answer(standing: &Standing, id: &BuildId) -> Result<Response, Problem> {
-    let build = standing.find(id).await?.ok_or_else(|| Problem::no_build(id.as_str()))?;
+    let build = standing.known(id).await?;
     let detail = standing.shared.env.blocking(move || detail(&build)).await?;
     Ok(Answer(StatusCode::OK, detail).into_response())
 }
@@ -469,7 +487,7 @@ pub(crate) async fn cancel(
     Json(cancelling): Json<Cancelling>,
 ) -> Result<StatusCode, Problem> {
     caller.may_launch()?;
-    let build = standing.find(&id).await?.ok_or_else(|| Problem::no_build(id.as_str()))?;
+    let build = standing.known(&id).await?;
     if build.known_verdict().is_some() {
         return Err(Problem::conflict(format!("build {id} has ended already")));
     }
@@ -496,7 +514,7 @@ pub(crate) async fn wait(
         Some(_) => return Err(wrong("timeout", &format!("it is seconds from 0 to {}", MAX_WAIT.as_secs()))),
     };
     query.end()?;
-    let build = standing.find(&id).await?.ok_or_else(|| Problem::no_build(id.as_str()))?;
+    let build = standing.known(&id).await?;
     let ended = tokio::select! {
         ended = timeout(patience, build.verdict()) => ended.is_ok(),
         () = standing.shared.shutdown.cancelled() => return Err(Problem::unavailable("the server shuts down").retry_after(1)),

@@ -35,7 +35,7 @@ pub(crate) async fn report_of_any(
 }
 
 async fn take(standing: &Standing, id: &BuildId, told: Told) -> Result<StatusCode, Problem> {
-    let build = standing.find(id).await?.ok_or_else(|| Problem::no_build(id.as_str()))?;
+    let build = standing.known(id).await?;
     let report = told.into_report(standing.shared.env.nature.now());
     let report = report.map_err(|error| Problem::bad_request(error.to_string()))?;
     standing.report(&build, report).await?;

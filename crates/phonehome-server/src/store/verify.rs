@@ -224,7 +224,7 @@ mod tests {
                 agent.write(Stream::Event, r#"{"event":"x"}"#),
                 agent.write(Stream::Stderr, "two\n"),
             ];
-            log.append(&[Batch { records, tally: Box::new(agent.tally.clone()) }]).and_then(|()| log.sync()).unwrap();
+            log.append(&[Batch { records, tally: agent.tally.clone() }]).and_then(|()| log.sync()).unwrap();
             if let Some((finished, answer)) = end(&agent) {
                 log.finish(finished, answer).unwrap();
             }

@@ -1,0 +1,142 @@
+//! What becomes of builds after their end: compressed after a while, and removed by the rules.
+
+use std::{io, sync::Arc, time::Duration};
+
+use phonehome_proto::id::BuildId;
+use tokio::time::sleep;
+use tracing::{info, warn};
+
+use crate::{
+    retention::{self, Expiry, Policy, Rule},
+    serve::{Standing, entry},
+    store::{expire, seal},
+};
+
+/// The rules.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Care {
+    /// How long after the end logs are compressed; `None` never does.
+    pub(crate) seal_after: Option<Duration>,
+    pub(crate) policy: Policy,
+}
+
+/// Looks after ended builds as long as the server runs.
+#[derive(Debug)]
+pub(crate) struct Keeper {
+    standing: Arc<Standing>,
+}
+
+/// Pause between two rounds.
+const ROUND: Duration = Duration::from_secs(2);
+
+/// Why a build is not removed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum RemoveError {
+    #[error("the build has no verdict yet: cancel it first")]
+    Running,
+    #[error("there is no such build")]
+    Unknown,
+    #[error("the build cannot be removed")]
+    Storage(#[from] io::Error),
+}
+
+impl Keeper {
+    pub(crate) fn new(standing: Arc<Standing>) -> Self {
+        Self { standing }
+    }
+
+    pub(crate) async fn run(self) {
+        let shutdown = self.standing.shared.shutdown.clone();
+        shutdown
+            .run_until_cancelled(async {
+                loop {
+                    sleep(ROUND).await;
+                    if let Err(error) = self.round().await {
+                        warn!("cannot look after ended builds: {error}");
+                    }
+                }
+            })
+            .await;
+    }
+
+    async fn round(&self) -> io::Result<()> {
+        for expiry in self.standing.due().await? {
+            let why = told(expiry.rule);
+            match self.standing.remove(&expiry.id, why).await {
+                Ok(()) => info!(build = %expiry.id, bytes = expiry.bytes, rule = why, "expired"),
+                Err(error) => warn!(build = %expiry.id, "cannot expire it: {error}"),
+            }
+        }
+        for id in self.standing.unsealed().await? {
+            if let Err(error) = self.standing.seal(&id).await {
+                warn!(build = %id, "cannot seal it: {error}");
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The rule in a word.
+pub(crate) fn told(rule: Rule) -> &'static str {
+    match rule {
+        Rule::Age => "age",
+        Rule::Bytes => "bytes",
+        Rule::Count => "count",
+    }
+}
+
+impl Standing {
+    /// What the rules remove at this moment.
+    pub(crate) async fn due(&self) -> io::Result<Vec<Expiry>> {
+        let (catalogue, policy) = (self.catalogue.clone(), self.settings.care.policy);
+        let now = self.shared.env.nature.now();
+        if policy == Policy::default() {
+            return Ok(Vec::new());
+        }
+        self.shared.env.blocking(move || Ok(retention::plan(catalogue.ended(None)?.into_iter(), &policy, now))).await
+    }
+
+    /// Ended builds whose time has come to be sealed, and that no agent can ask about any more.
+    async fn unsealed(&self) -> io::Result<Vec<BuildId>> {
+        let Some(after) = self.settings.care.seal_after else { return Ok(Vec::new()) };
+        let before = self.shared.env.nature.now().saturating_sub(after.as_micros() as u64);
+        let catalogue = self.catalogue.clone();
+        let found = self.shared.env.blocking(move || catalogue.ended(Some(before))).await?;
+        Ok(found.into_iter().map(|ended| ended.id).filter(|id| self.shared.builds.find(id).is_none()).collect())
+    }
+
+    /// Compresses everything of an ended build.
+    async fn seal(&self, id: &BuildId) -> io::Result<()> {
+        let Some(build) = self.find(id).await? else { return Ok(()) };
+        let (disk, catalogue) = (self.shared.store.disk().clone(), self.catalogue.clone());
+        let sealed = move || {
+            let (mut before, mut after) = (0, 0);
+            for (files, _) in build.attempts() {
+                let sealed = seal::seal(&*disk, &files.dir, &mut |_, _| {})?;
+                before += sealed.before;
+                after += sealed.after;
+            }
+            catalogue.put(&entry(&build)?)?;
+            Ok::<_, io::Error>((before, after))
+        };
+        let (before, after) = self.shared.env.blocking(sealed).await?;
+        info!(build = %id, before, after, "sealed");
+        Ok(())
+    }
+
+    /// Removes an ended build with everything that is stored of it.
+    pub(crate) async fn remove(&self, id: &BuildId, why: &'static str) -> Result<(), RemoveError> {
+        let build = self.find(id).await?.ok_or(RemoveError::Unknown)?;
+        if build.known_verdict().is_none() {
+            return Err(RemoveError::Running);
+        }
+        self.let_go(id).await;
+        let (store, catalogue, id) = (self.shared.store.clone(), self.catalogue.clone(), id.clone());
+        let now = self.shared.env.nature.now();
+        let removed = move || {
+            expire::remove(&**store.disk(), store.data(), &id)?;
+            catalogue.expire(&id, why, now)
+        };
+        Ok(self.shared.env.blocking(removed).await?)
+    }
+}
