@@ -51,8 +51,14 @@ async fn an_end_is_known_for_good_and_to_whoever_asks_late() {
     assert_eq!(standing.get("/api/v1/builds/b").await.json(), ended);
     let listed = standing.get("/api/v1/builds?label=app%3Dshop&verdict=failed").await.json();
     assert_eq!(listed["builds"][0]["id"], json!("b"));
-    std::fs::remove_file(standing.data.join("catalogue.db")).unwrap();
-    standing.crash().await;
+    standing.process.signal(rustix::process::Signal::TERM);
+    assert_eq!(standing.process.ended().await, 0);
+    std::fs::write(standing.data.join("catalogue.db"), "no database").unwrap();
+    let mut rebuild = standing.scene.command(crate::harness::server());
+    let mut rebuild = crate::harness::Process::spawn(rebuild.args(["rebuild", "--data"]).arg(&standing.data));
+    assert_eq!(rebuild.ended().await, 0);
+    rebuild.stderr.shows("1 builds are in the catalogue").await;
+    standing.start_again().await;
     assert_eq!(
         standing.get("/api/v1/builds").await.json()["builds"][0],
         listed["builds"][0],

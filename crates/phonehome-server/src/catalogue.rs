@@ -88,12 +88,7 @@ impl Catalogue {
         if let Some(connection) = Self::reopen(&path) {
             return Ok(Self(Arc::new(Mutex::new(connection))));
         }
-        for suffix in ["", "-wal", "-shm"] {
-            match std::fs::remove_file(data.join(format!("{FILE}{suffix}"))) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-                Ok(()) | Err(_) => {}
-            }
-        }
+        discard(data)?;
         let connection = connect(&path).map_err(io::Error::other)?;
         let made =
             connection.execute_batch(SCHEMA).and_then(|()| connection.pragma_update(None, "user_version", VERSION));
@@ -226,6 +221,17 @@ impl Catalogue {
         let summaries = rows.iter().map(|(.., text)| serde_json::from_str(text)).collect::<Result<_, _>>()?;
         Ok(Page { summaries, next })
     }
+}
+
+/// Removes the catalogue of a data directory.
+pub(crate) fn discard(data: &Path) -> io::Result<()> {
+    for suffix in ["", "-wal", "-shm"] {
+        match std::fs::remove_file(data.join(format!("{FILE}{suffix}"))) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            Ok(()) | Err(_) => {}
+        }
+    }
+    Ok(())
 }
 
 fn connect(path: &Path) -> rusqlite::Result<Connection> {

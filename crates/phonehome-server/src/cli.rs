@@ -2,6 +2,7 @@
 
 mod healthcheck;
 mod hook_args;
+mod rebuild;
 mod serve_args;
 
 use std::process::ExitCode;
@@ -28,6 +29,7 @@ struct Args {
 enum Command {
     Hook(Box<HookArgs>),
     Serve(Box<ServeArgs>),
+    Rebuild(rebuild::RebuildArgs),
     Healthcheck(healthcheck::HealthcheckArgs),
 }
 
@@ -83,6 +85,7 @@ fn run(args: Args) -> u8 {
     match args.command {
         Command::Hook(args) => run_hook(*args),
         Command::Serve(args) => run_serve(&args),
+        Command::Rebuild(args) => told(rebuild::run(&args).map(|()| 0)),
         Command::Healthcheck(args) => told(healthcheck::run(&args).map(|()| 0)),
     }
 }

@@ -11,7 +11,10 @@ use std::{
     time::Duration,
 };
 
-use phonehome_env::disk::{Disk, File, Open};
+use phonehome_env::{
+    Env,
+    disk::{Disk, File, Open},
+};
 use phonehome_proto::id::{BuildId, Digest};
 use subtle::ConstantTimeEq;
 use tokio::time::{sleep, timeout};
@@ -24,7 +27,7 @@ use crate::{
     keeper::{Care, Keeper},
     report::{MAX_REPORTS, Report},
     server::Shared,
-    store::{archive, expire},
+    store::{Durability, Store, archive, expire},
     summary::Summary,
     tasks::Tasks,
 };
@@ -121,61 +124,13 @@ impl Standing {
         let catalogue = shared.env.blocking(move || Catalogue::open(&data)).await?;
         let archived = Mutex::default();
         let standing = Arc::new(Self { shared, catalogue, settings, pin, tasks, archived, _lock: lock });
-        let found = standing.clone();
-        let running = standing.shared.env.blocking(move || found.reconcile()).await?;
+        let (catalogue, store) = (standing.catalogue.clone(), standing.shared.store.clone());
+        let running = standing.shared.env.blocking(move || reconcile(&catalogue, &store, &mut |_, _| {})).await?;
         for (id, declaration, reports) in running {
             standing.resume(id, declaration, reports);
         }
         standing.tasks.spawn(Keeper::new(standing.clone()).run());
         Ok(standing)
-    }
-
-    /// Makes the catalogue agree with the directories, and returns the builds that have no verdict.
-    fn reconcile(&self) -> io::Result<Vec<(BuildId, Declaration, Vec<Report>)>> {
-        let (disk, data) = (self.shared.store.disk(), self.shared.store.data());
-        expire::finish_removals(&**disk, data)?;
-        let mut known = self.catalogue.ids()?;
-        let mut running = Vec::new();
-        for id in archive::list(&**disk, data)? {
-            if known.remove(&(id.as_str().to_owned(), true)) {
-                continue;
-            }
-            known.remove(&(id.as_str().to_owned(), false));
-            let Some(found) = archive::load(disk, data, &id)? else { continue };
-            let has_verdict = found.verdict.is_some();
-            match self.restore(&id, found) {
-                Some(build) if has_verdict => self.enter(&build)?,
-                Some(build) => {
-                    let reports = build.reports().iter().map(|report| (**report).clone()).collect();
-                    running.push((id, build.declaration.clone(), reports));
-                }
-                None => warn!(build = %id, "its build.json or verdict.json is missing or damaged: it is left alone"),
-            }
-        }
-        for (id, _) in known {
-            self.catalogue.remove(&id)?; // its directory is gone
-        }
-        Ok(running)
-    }
-
-    /// A build as it lies on the disk. Without a verdict it is good for its declaration and reports only.
-    fn restore(&self, id: &BuildId, found: archive::Archived) -> Option<Build> {
-        let verdict = found.verdict.as_deref().map(serde_json::from_slice::<Verdict>).transpose().ok()?;
-        let declaration = match found.declaration.as_deref().map(serde_json::from_slice::<Declaration>) {
-            Some(Ok(declaration)) => declaration,
-            Some(Err(_)) => return None,
-            None => undeclared(verdict.as_ref()?), // a hook's
-        };
-        let store = self.shared.store.clone();
-        let build = match verdict {
-            Some(verdict) => {
-                let attempts = found.attempts.into_iter().map(|attempt| attempt.files).collect();
-                Build::archived(id.clone(), declaration, verdict, attempts, store)
-            }
-            None => Build::new(id.clone(), declaration, Duration::ZERO, store),
-        };
-        build.note_reports(found.reports.as_deref().map(Report::parse_lines).unwrap_or_default());
-        Some(build)
     }
 
     /// Goes on with a build of an earlier process.
@@ -260,11 +215,6 @@ impl Standing {
         }
     }
 
-    /// Puts what is known of a build into the catalogue.
-    fn enter(&self, build: &Build) -> io::Result<()> {
-        self.catalogue.put(&entry(build)?)
-    }
-
     /// A build, whether it runs or has ended.
     pub(crate) async fn find(&self, id: &BuildId) -> io::Result<Option<Arc<Build>>> {
         if let Some(build) = self.shared.builds.find(id).or_else(|| self.archived(id)) {
@@ -277,7 +227,7 @@ impl Standing {
         if found.verdict.is_none() {
             return Ok(self.shared.builds.find(id)); // just being declared, or damaged
         }
-        let Some(build) = self.restore(id, found).map(Arc::new) else { return Ok(None) };
+        let Some(build) = restore(&self.shared.store, id, found).map(Arc::new) else { return Ok(None) };
         let mut archived = self.archived.lock().unwrap_or_else(PoisonError::into_inner);
         archived.retain(|_, build| build.strong_count() > 0);
         archived.insert(id.clone(), Arc::downgrade(&build));
@@ -329,6 +279,70 @@ impl Standing {
     }
 }
 
+/// A build that has no verdict yet.
+type Running = (BuildId, Declaration, Vec<Report>);
+
+/// Makes the catalogue agree with the directories, and returns the builds that have no verdict. `progress` hears how many
+/// builds of how many were looked at.
+fn reconcile(catalogue: &Catalogue, store: &Store, progress: &mut dyn FnMut(usize, usize)) -> io::Result<Vec<Running>> {
+    let (disk, data) = (store.disk(), store.data());
+    expire::finish_removals(&**disk, data)?;
+    let (mut known, mut running) = (catalogue.ids()?, Vec::new());
+    let ids = archive::list(&**disk, data)?;
+    for (at, id) in ids.iter().enumerate() {
+        progress(at, ids.len());
+        if known.remove(&(id.as_str().to_owned(), true)) {
+            continue;
+        }
+        known.remove(&(id.as_str().to_owned(), false));
+        let Some(found) = archive::load(disk, data, id)? else { continue };
+        let has_verdict = found.verdict.is_some();
+        match restore(store, id, found) {
+            Some(build) if has_verdict => catalogue.put(&entry(&build)?)?,
+            Some(build) => {
+                let reports = build.reports().iter().map(|report| (**report).clone()).collect();
+                running.push((id.clone(), build.declaration.clone(), reports));
+            }
+            None => warn!(build = %id, "its build.json or verdict.json is missing or damaged: it is left alone"),
+        }
+    }
+    for (id, _) in known {
+        catalogue.remove(&id)?; // its directory is gone
+    }
+    Ok(running)
+}
+
+/// Fills the catalogue of a data directory, and says how many builds are in it.
+pub(crate) fn rebuild(env: &Env, data: &Path, progress: &mut dyn FnMut(usize, usize)) -> io::Result<usize> {
+    let store = Store::open(env, data, Durability::Os, &Tasks::default())?;
+    let catalogue = Catalogue::open(data)?;
+    for (id, declaration, reports) in reconcile(&catalogue, &store, progress)? {
+        let build = Build::new(id, declaration, Duration::ZERO, store.clone());
+        build.note_reports(reports);
+        catalogue.put(&entry(&build)?)?;
+    }
+    Ok(catalogue.ids()?.len())
+}
+
+/// A build as it lies on the disk. Without a verdict it is good for its declaration and reports only.
+fn restore(store: &Store, id: &BuildId, found: archive::Archived) -> Option<Build> {
+    let verdict = found.verdict.as_deref().map(serde_json::from_slice::<Verdict>).transpose().ok()?;
+    let declaration = match found.declaration.as_deref().map(serde_json::from_slice::<Declaration>) {
+        Some(Ok(declaration)) => declaration,
+        Some(Err(_)) => return None,
+        None => undeclared(id, verdict.as_ref()?), // a hook's
+    };
+    let build = match verdict {
+        Some(verdict) => {
+            let attempts = found.attempts.into_iter().map(|attempt| attempt.files).collect();
+            Build::archived(id.clone(), declaration, verdict, attempts, store.clone())
+        }
+        None => Build::new(id.clone(), declaration, Duration::ZERO, store.clone()),
+    };
+    build.note_reports(found.reports.as_deref().map(Report::parse_lines).unwrap_or_default());
+    Some(build)
+}
+
 /// Takes a data directory for this process until the file is closed; `None` when another process has it.
 pub(crate) fn lock(disk: &dyn Disk, data: &Path) -> io::Result<Option<Box<dyn File>>> {
     disk.create_dirs(data)?;
@@ -351,8 +365,8 @@ pub(crate) fn entry(build: &Build) -> io::Result<Entry> {
 }
 
 /// The declaration of a build that was not declared: nobody has its token.
-fn undeclared(verdict: &Verdict) -> Declaration {
+fn undeclared(id: &BuildId, verdict: &Verdict) -> Declaration {
     let steps = verdict.steps.iter().map(|log| log.step.clone()).collect();
-    let token = hash_token(&format!("of nobody: {}", verdict.ended));
+    let token = hash_token(&format!("nobody's, of {id}"));
     Declaration { created: verdict.ended, steps, labels: BTreeMap::new(), timeouts: Clocks::default(), token }
 }
