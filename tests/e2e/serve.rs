@@ -283,3 +283,21 @@ async fn what_the_rules_remove_is_told_before_it_goes() {
     }
     assert_eq!(ids().await, ["three"]); // by the request, or by the server itself
 }
+
+#[tokio::test]
+async fn what_is_beyond_the_quota_is_left_out_and_said_and_the_build_goes_on() {
+    let mut standing = Standing::start(&["--build-quota", "1MiB"]).await;
+    let token = standing.declare_one("b").await;
+    let gate = standing.scene.gate("later");
+    let script = format!("seq 1 1000000; {}; seq 1 1000000; exit 7", gate.pass());
+    let mut agent = standing.agent("b", &token, &["--tee", "off"], &script);
+    standing.process.stderr.shows("\"connected\"").await;
+    standing.crash().await;
+    gate.open();
+    assert_eq!(agent.ended().await, 7);
+    let build = standing.ended("b").await;
+    assert_eq!((&build["exit_code"], &build["complete"]), (&json!(7), &json!(false)), "{build}");
+    assert!(build["incomplete"].as_str().unwrap().contains("quota"), "{build}");
+    let stored = standing.stored("b", "main").len();
+    assert!((512 * 1024..=1024 * 1024 + 65536).contains(&stored), "{stored} bytes are stored");
+}

@@ -10,7 +10,7 @@ use std::{
 };
 
 use rustix::{
-    fs::{FlockOperation, OFlags, flock, fstatfs, syncfs},
+    fs::{FlockOperation, OFlags, flock, fstatfs, statvfs, syncfs},
     io::Errno,
     process::geteuid,
     system::{Uname, uname},
@@ -90,6 +90,16 @@ pub trait Disk: fmt::Debug + Send + Sync {
         let mut contents = vec![0; file.len()? as usize];
         file.read_exact_at(&mut contents, 0)?;
         Ok(contents)
+    }
+
+    /// Bytes that may still be written to the file system a directory is on. A disk that does not know says that there
+    /// is no end to them.
+    ///
+    /// # Errors
+    ///
+    /// When that cannot be found out.
+    fn free(&self, _dir: &Path) -> io::Result<u64> {
+        Ok(u64::MAX)
     }
 
     /// Whether there is something of this name.
@@ -348,6 +358,11 @@ impl Disk for RealDisk {
     fn sync_dir(&self, path: &Path) -> io::Result<()> {
         fault::point("syncdir", path)?;
         fs::File::open(path)?.sync_all()
+    }
+
+    fn free(&self, dir: &Path) -> io::Result<u64> {
+        let found = statvfs(dir)?;
+        Ok(found.f_bavail.saturating_mul(found.f_frsize))
     }
 
     fn exists(&self, path: &Path) -> io::Result<bool> {

@@ -43,6 +43,10 @@ pub(crate) struct Settings {
     pub(crate) tls: bool,
     /// Builds that may run at once.
     pub(crate) max_builds: usize,
+    /// Bytes that a build may store; `None` is no limit.
+    pub(crate) build_quota: Option<u64>,
+    /// Bytes of the file system that stay free of output.
+    pub(crate) min_free: u64,
     /// What becomes of builds after their end.
     pub(crate) care: Care,
     /// SHA-256 of the tokens for everything, and for reading.
@@ -127,14 +131,15 @@ impl Standing {
         let (catalogue, store) = (standing.catalogue.clone(), standing.shared.store.clone());
         let running = standing.shared.env.blocking(move || reconcile(&catalogue, &store, &mut |_, _| {})).await?;
         for (id, declaration, reports) in running {
-            standing.resume(id, declaration, reports);
+            standing.resume(id, declaration, reports).await?;
         }
         standing.tasks.spawn(Keeper::new(standing.clone()).run());
         Ok(standing)
     }
 
     /// Goes on with a build of an earlier process.
-    fn resume(self: &Arc<Self>, id: BuildId, declaration: Declaration, reports: Vec<Report>) {
+    async fn resume(self: &Arc<Self>, id: BuildId, declaration: Declaration, reports: Vec<Report>) -> io::Result<()> {
+        self.limit(&id).await?;
         let age = self.shared.env.nature.now().saturating_sub(declaration.created);
         info!(build = %id, "taken up again");
         let build = Build::new(id, declaration, Duration::from_micros(age), self.shared.store.clone());
@@ -142,6 +147,15 @@ impl Standing {
         let build = Arc::new(build);
         if self.shared.builds.insert(build.clone()) {
             self.attend(build);
+        }
+        Ok(())
+    }
+
+    /// Tells the store what the build may have, before anybody is seated.
+    async fn limit(&self, id: &BuildId) -> io::Result<()> {
+        match self.settings.build_quota {
+            Some(bytes) => self.shared.store.limit(id, bytes).await.map_err(io::Error::other),
+            None => Ok(()),
         }
     }
 
@@ -165,6 +179,7 @@ impl Standing {
         if !self.shared.store.declare(&id, declaration.to_json()).await? {
             return Err(DeclareError::Known(id)); // somebody else was quicker
         }
+        self.limit(&id).await?;
         let build = Arc::new(Build::new(id.clone(), declaration, Duration::ZERO, self.shared.store.clone()));
         if !self.shared.builds.insert(build.clone()) {
             return Err(DeclareError::Known(id));

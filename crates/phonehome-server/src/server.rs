@@ -20,7 +20,7 @@ use crate::{
     declaration::Declaration,
     identity::{Identity, IdentityError},
     listener::{Front, Listener, Visitor},
-    store::{Durability, Store},
+    store::{Durability, Store, StoreSettings},
     tasks::Tasks,
 };
 
@@ -182,7 +182,8 @@ impl Server {
         let env = Env::real();
         let lock = crate::serve::lock(&*env.disk, &config.data).map_err(store)?;
         let lock = lock.ok_or_else(|| StartError::Taken(config.data.clone()))?;
-        let mut server = Self::deaf(env, &config)?;
+        let stored = StoreSettings { durability: config.durability, min_free: settings.min_free };
+        let mut server = Self::open(env, &config, stored)?;
         server.address = socket.local_addr().map_err(bind)?;
         let (tls, pin) = identity.map_or((None, None), |identity| (Some(identity.config), Some(identity.pin)));
         server.pin.clone_from(&pin);
@@ -201,8 +202,12 @@ impl Server {
     /// When the data directory cannot be had.
     #[doc(hidden)]
     pub fn deaf(env: Env, config: &Config) -> Result<Self, StartError> {
+        Self::open(env, config, config.durability)
+    }
+
+    fn open(env: Env, config: &Config, settings: impl Into<StoreSettings>) -> Result<Self, StartError> {
         let tasks = Tasks::default();
-        let store = Store::open(&env, &config.data, config.durability, &tasks)
+        let store = Store::open(&env, &config.data, settings, &tasks)
             .map_err(|error| StartError::Store(config.data.clone(), error))?;
         let shared = Arc::new(Shared {
             builds: Builds::default(),

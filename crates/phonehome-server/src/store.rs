@@ -33,6 +33,7 @@ pub(crate) mod fuzzing;
 mod index;
 mod log;
 mod quarantine;
+mod quota;
 mod reader;
 mod recency;
 mod recover;
@@ -91,6 +92,21 @@ impl Durability {
     }
 }
 
+/// What a store promises and leaves to others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct StoreSettings {
+    pub(crate) durability: Durability,
+    /// Bytes of the file system that output does not take: with less, it waits as on a full disk.
+    pub(crate) min_free: u64,
+}
+
+/// Without a low water mark.
+impl From<Durability> for StoreSettings {
+    fn from(durability: Durability) -> Self {
+        Self { durability, min_free: 0 }
+    }
+}
+
 /// The way to the store's worker.
 #[derive(Debug, Clone)]
 pub(crate) struct Store {
@@ -125,6 +141,11 @@ enum Job {
         hello: Box<Hello>,
         changed: watch::Sender<u64>,
         reply: oneshot::Sender<Result<Opened, OpenError>>,
+    },
+    /// Of what comes after it for this build, so much is stored.
+    Limit {
+        build: BuildId,
+        bytes: u64,
     },
     /// Takes back what was stored beyond this account.
     Rewind {
@@ -250,7 +271,8 @@ const PATIENCE: Duration = Duration::from_secs(30);
 
 impl Store {
     /// Opens or makes the data directory and starts the worker, which ends when the last handle is dropped.
-    pub(crate) fn open(env: &Env, root: &Path, durability: Durability, tasks: &Tasks) -> io::Result<Self> {
+    pub(crate) fn open(env: &Env, root: &Path, settings: impl Into<StoreSettings>, tasks: &Tasks) -> io::Result<Self> {
+        let StoreSettings { durability, min_free } = settings.into();
         let disk = env.disk.clone();
         let is_new = !disk.exists(root)?;
         disk.create_dirs(&root.join("builds"))?;
@@ -262,7 +284,9 @@ impl Store {
             }
         }
         let (jobs, queue) = mpsc::channel(QUEUE);
-        Worker::start(env, queue, Steps::new(disk.clone(), root, durability), tasks)?;
+        let mut steps = Steps::new(disk.clone(), root, durability);
+        steps.keep_free(min_free);
+        Worker::start(env, queue, steps, tasks)?;
         Ok(Self {
             jobs,
             room: QueueRoom::new(),
@@ -288,6 +312,16 @@ impl Store {
 
     pub(crate) fn durability(&self) -> Durability {
         self.durability
+    }
+
+    /// Limits what a build may store, over all its steps and attempts: what is there from an earlier process counts. Said
+    /// before its first survey or hello; without it there is no limit.
+    ///
+    /// # Errors
+    ///
+    /// When the store takes nothing.
+    pub(crate) async fn limit(&self, build: &BuildId, bytes: u64) -> Result<(), Stuck> {
+        self.send(Job::Limit { build: build.clone(), bytes }).await
     }
 
     /// Makes or resumes the attempt of an agent. Every earlier [`Writer`] of the step is void from then on.

@@ -1,6 +1,6 @@
 //! `phonehome-server serve`.
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
 
 use anyhow::{Context, ensure};
 use bytesize::ByteSize;
@@ -71,6 +71,14 @@ pub(super) struct ServeArgs {
     #[arg(long, value_name = "SIZE", env = "PHONEHOME_KEEP_BYTES", help_heading = "Storage")]
     keep_bytes: Option<ByteSize>,
 
+    /// What a build may store; output beyond is not kept, which its log says, and the build goes on; off for no limit
+    #[arg(long, value_name = "SIZE", default_value = "10GiB", env = "PHONEHOME_BUILD_QUOTA", help_heading = "Limits")]
+    build_quota: Quota,
+
+    /// Space on the disk that stays free of output: with less, agents wait, while ends and verdicts still fit
+    #[arg(long, value_name = "SIZE", default_value = "256MiB", env = "PHONEHOME_MIN_FREE", help_heading = "Limits")]
+    min_free: ByteSize,
+
     /// Builds that may run at once
     #[arg(long, value_name = "N", default_value = "20000", env = "PHONEHOME_MAX_BUILDS", help_heading = "Limits")]
     max_builds: usize,
@@ -106,6 +114,18 @@ pub(super) struct ServeArgs {
     /// Least severity of it
     #[arg(long, value_name = "LEVEL", default_value = "info", env = "PHONEHOME_LOG_LEVEL", help_heading = "Own log")]
     pub(super) log_level: Level,
+}
+
+/// A size, or none.
+#[derive(Debug, Clone, Copy)]
+struct Quota(Option<ByteSize>);
+
+impl FromStr for Quota {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        if text == "off" { Ok(Self(None)) } else { text.parse().map(|size| Self(Some(size))) }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -171,6 +191,8 @@ fn settings(args: &ServeArgs) -> anyhow::Result<Settings> {
         advertise: args.advertise.clone(),
         tls: args.tls_self_signed,
         max_builds: args.max_builds,
+        build_quota: args.build_quota.0.map(|size| size.as_u64()),
+        min_free: args.min_free.as_u64(),
         care: Care {
             seal_after: args.seal_after.0,
             policy: Policy {

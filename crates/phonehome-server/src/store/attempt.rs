@@ -5,7 +5,7 @@ use std::{
     collections::BTreeMap,
     io,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, OnceLock},
 };
 
 use phonehome_env::disk::{Disk, File, Open};
@@ -20,6 +20,7 @@ use tokio::sync::watch;
 use super::{
     index::{ENTRY, Entry},
     log::NAMES,
+    quota::Quota,
     seal::{is_sealed, sealed_path},
     sealed::SealedFile,
 };
@@ -32,6 +33,8 @@ pub(crate) struct AttemptFiles {
     pub(crate) attempt: Attempt,
     pub(crate) dir: PathBuf,
     pub(crate) progress: watch::Sender<Progress>,
+    /// What its build may store, once somebody has limited it.
+    pub(super) quota: OnceLock<Arc<Quota>>,
     disk: Arc<dyn Disk>,
 }
 
@@ -75,7 +78,8 @@ impl AttemptFiles {
         dir: PathBuf,
     ) -> Arc<Self> {
         let progress = watch::Sender::new(Progress::default());
-        Arc::new(Self { build, step, attempt, dir, progress, disk })
+        let quota = OnceLock::new();
+        Arc::new(Self { build, step, attempt, dir, progress, quota, disk })
     }
 
     /// Opens one of the files to read it, plain or sealed.

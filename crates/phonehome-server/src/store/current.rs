@@ -16,6 +16,7 @@ use super::{
     OpenError, Opened, Writer,
     attempt::AttemptFiles,
     log::{AttemptLog, Batch},
+    quota::Share,
     room::Room,
 };
 
@@ -30,6 +31,7 @@ pub(super) struct Current {
     /// The end, handed over and not written yet.
     end: Option<(Finished, FinishedAck)>,
     state: State,
+    share: Share,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,7 +45,9 @@ enum State {
 
 impl Current {
     pub(super) fn new(log: AttemptLog, files: Arc<AttemptFiles>, changed: watch::Sender<u64>) -> Self {
-        let mut current = Self { log, files, changed, waiting: Vec::new(), end: None, state: State::Works };
+        let (waiting, share) = (Vec::new(), Share::default());
+        let mut current = Self { log, files, changed, waiting, end: None, state: State::Works, share };
+        current.count();
         current.release();
         current.publish();
         current
@@ -127,8 +131,38 @@ impl Current {
         rewound.inspect_err(|error| self.fail(error))
     }
 
+    /// Payload that waits, bytes.
+    pub(super) fn waiting_bytes(&self) -> u64 {
+        let records = self.waiting.iter().flat_map(|batch| &batch.records);
+        records.map(|record| record.payload.len() as u64).sum()
+    }
+
+    /// Instead of the first step of a commit: what waits goes on waiting, as if there was no room.
+    pub(super) fn hold(&mut self) {
+        if self.state == State::Works && !self.waiting.is_empty() {
+            self.state = State::Full;
+        }
+    }
+
+    /// Keeps the build's account of what is stored.
+    fn count(&mut self) {
+        let [output, events, _] = self.log.written().ends();
+        self.share.count(&self.files.quota, output + events);
+    }
+
+    /// Writes down what was left out, durably.
+    fn close_gap(&mut self) -> io::Result<()> {
+        if self.log.has_gap() {
+            self.log.close_gap().and_then(|()| self.log.sync())?;
+            self.share.note_hole();
+        }
+        Ok(())
+    }
+
     /// The first step of a commit: writes what waits, as much as there is room for.
     pub(super) fn write(&mut self) {
+        self.count();
+        self.share.trim(&self.files.quota, &mut self.waiting);
         let mut count = if self.is_full() { 1.min(self.waiting.len()) } else { self.waiting.len() };
         while count > 0 {
             match self.log.append(&self.waiting[..count]) {
@@ -140,6 +174,13 @@ impl Current {
                 Err(error) if is_full(&error) && count > 1 => count /= 2,
                 Err(error) => return self.handle_error(&error),
             }
+        }
+        self.count();
+        if self.share.wants_hole()
+            && self.waiting.is_empty()
+            && let Err(error) = self.close_gap()
+        {
+            self.handle_error(&error);
         }
     }
 
@@ -176,8 +217,11 @@ impl Current {
         if self.state == State::Failed || !self.waiting.is_empty() {
             return false;
         }
-        let Some((finished, answer)) = &self.end else { return false };
-        match room.spend(|| self.log.finish(finished.clone(), answer.clone())) {
+        let Some((finished, answer)) = self.end.clone() else { return false };
+        let stored = self.log.written().ends()[0];
+        let answer = self.share.answer(&self.files.quota, &finished, answer, stored);
+        let closed = room.spend(|| self.close_gap());
+        match closed.and_then(|()| room.spend(|| self.log.finish(finished.clone(), answer.clone()))) {
             Ok(()) => {
                 self.end = None;
                 self.state = State::Works;
@@ -226,6 +270,12 @@ impl Current {
 
     /// Closes the files until somebody writes again.
     pub(super) fn close(&mut self) {
+        if self.state != State::Failed && self.log.has_gap() {
+            match self.close_gap() {
+                Ok(()) => self.publish(),
+                Err(error) => self.handle_error(&error), // after a restart it counts as lost all the same
+            }
+        }
         self.log.close();
     }
 

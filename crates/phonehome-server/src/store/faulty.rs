@@ -26,6 +26,8 @@ pub(super) struct FaultyDisk(Arc<Mutex<Faults>>);
 struct Faults {
     rule: Option<Rule>,
     seen: Vec<String>,
+    /// What is said to be free; everything when it is `None`.
+    free: Option<u64>,
 }
 
 /// Gets `OPERATION NAME`, where NAME is the last component of the path; half of a write that fails is written.
@@ -60,6 +62,11 @@ impl FaultyDisk {
             left = left.saturating_sub(1);
             is_down.then_some(io::ErrorKind::Other)
         });
+    }
+
+    /// How much room the disk says it has.
+    pub(super) fn say_free(&self, bytes: u64) {
+        self.0.lock().unwrap().free = Some(bytes);
     }
 
     pub(super) fn heal(&self) {
@@ -122,6 +129,11 @@ impl Disk for FaultyDisk {
 
     fn sync_dir(&self, path: &Path) -> io::Result<()> {
         self.check("syncdir", path)
+    }
+
+    fn free(&self, dir: &Path) -> io::Result<u64> {
+        self.check("free", dir)?;
+        Ok(self.0.lock().unwrap().free.unwrap_or(u64::MAX))
     }
 
     fn exists(&self, path: &Path) -> io::Result<bool> {

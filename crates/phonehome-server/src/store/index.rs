@@ -34,6 +34,14 @@ impl Entry {
         }
     }
 
+    /// The number after the last record it is about.
+    pub(super) fn end(self) -> u64 {
+        match self {
+            Self::Record { seq, .. } => seq.saturating_add(1),
+            Self::Hole { to, .. } => to,
+        }
+    }
+
     pub(crate) fn of(record: &Record, position: u64) -> Self {
         let Record { seq, time, stream, offset, crc, .. } = *record;
         Self::Record { seq, time, stream, offset, position, len: record.payload.len() as u32, crc }

@@ -48,6 +48,9 @@ pub(super) struct Point {
     /// Where the next payload goes in `log` and in `events`.
     pub(super) positions: [u64; 2],
     pub(super) entries: u64,
+    /// The number after the last entry. What lies between it and the tally's was left out, see [`AttemptLog::append`],
+    /// and nothing in the index says so yet.
+    pub(super) indexed: u64,
     pub(super) tally: Tally,
     /// Records that were acknowledged once and are gone.
     pub(super) lost: u64,
@@ -115,9 +118,10 @@ impl AttemptLog {
         disk: Arc<dyn Disk>,
         dir: &Path,
         durability: Durability,
-        at: Point,
+        mut at: Point,
         finished: Option<(Finished, FinishedAck)>,
     ) -> Self {
+        at.indexed = at.tally.next();
         Self {
             disk,
             dir: dir.to_owned(),
@@ -164,6 +168,11 @@ impl AttemptLog {
 
     pub(super) fn durable(&self) -> &Point {
         &self.durable
+    }
+
+    /// How far it will be durable with the next [`Self::sync`].
+    pub(super) fn written(&self) -> &Point {
+        &self.written
     }
 
     pub(super) fn finished(&self) -> Option<&(Finished, FinishedAck)> {
@@ -217,7 +226,8 @@ impl AttemptLog {
         self.unsynced() > 0
     }
 
-    /// Writes records behind what is there. When there is no room for all of them, none are there.
+    /// Writes records behind what is there. When there is no room for all of them, none are there. Records that the
+    /// batches' tallies know of and that are not in them are left out: a hole goes before the next one that is.
     pub(super) fn append(&mut self, batches: &[Batch]) -> io::Result<()> {
         let Some(last) = batches.last() else { return Ok(()) };
         let mut after = self.written.clone();
@@ -225,7 +235,12 @@ impl AttemptLog {
         let mut entries = Vec::new();
         for record in batches.iter().flat_map(|batch| &batch.records) {
             let file = usize::from(!record.stream.is_output());
-            let first = self.is_first(after.entries);
+            let mut first = self.is_first(after.entries);
+            if record.seq > after.indexed {
+                let hole = Entry::Hole { from: after.indexed, to: record.seq };
+                entries.extend_from_slice(&hole.encode(std::mem::take(&mut first)));
+                after.entries += 1;
+            }
             entries.extend_from_slice(&Entry::of(record, after.positions[file]).encode(first));
             payloads[file].push(IoSlice::new(&record.payload));
             if !record.stream.is_output() {
@@ -233,20 +248,40 @@ impl AttemptLog {
             }
             after.positions[file] += stored_len(record.stream, record.payload.len() as u32);
             after.entries += 1;
+            after.indexed = record.seq + 1;
         }
         after.tally.clone_from(&last.tally);
+        if entries.is_empty() {
+            self.written = after;
+            return Ok(());
+        }
         let [mut log, mut events] = payloads;
         self.write([&mut log, &mut events, &mut vec![IoSlice::new(&entries)]], after)
     }
 
     /// Notes that the records up to `to` are gone.
     pub(super) fn hole(&mut self, to: u64) -> io::Result<()> {
-        let from = self.written.tally.next();
         let mut after = self.written.clone();
+        after.lost += to - after.tally.next();
         after.tally.skip_to(to);
-        after.lost += to - from;
+        self.write_hole(after)
+    }
+
+    /// Whether something was left out and the index does not say so yet.
+    pub(super) fn has_gap(&self) -> bool {
+        self.written.indexed < self.written.tally.next()
+    }
+
+    /// Writes down that everything was left out since the last entry.
+    pub(super) fn close_gap(&mut self) -> io::Result<()> {
+        if self.has_gap() { self.write_hole(self.written.clone()) } else { Ok(()) }
+    }
+
+    fn write_hole(&mut self, mut after: Point) -> io::Result<()> {
+        let (from, to) = (after.indexed, after.tally.next());
+        let entry = Entry::Hole { from, to }.encode(self.is_first(after.entries));
         after.entries += 1;
-        let entry = Entry::Hole { from, to }.encode(self.is_first(self.written.entries));
+        after.indexed = to;
         self.write([&mut Vec::new(), &mut Vec::new(), &mut vec![IoSlice::new(&entry)]], after)
     }
 
@@ -295,10 +330,18 @@ impl AttemptLog {
                 Some(Entry::Record { seq, stream, position, .. }) if seq >= tally.next() => {
                     back.positions[usize::from(!stream.is_output())] = position;
                 }
-                Some(Entry::Record { .. } | Entry::Hole { .. }) => break,
+                // Of records that were left out: what remains of it is written when the next one is.
+                Some(Entry::Hole { to, .. }) if to > tally.next() => {}
+                Some(entry) => {
+                    back.indexed = entry.end();
+                    break;
+                }
                 None => return Err(io::ErrorKind::InvalidData.into()),
             }
             back.entries = last;
+        }
+        if back.entries == 0 {
+            back.indexed = 0;
         }
         back.tally = tally;
         self.durable = back.clone();

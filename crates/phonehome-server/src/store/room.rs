@@ -18,7 +18,21 @@ pub(super) struct Room {
     dir: PathBuf,
     /// When to look again, while there is none.
     retry_at: Option<Instant>,
+    low_water: LowWater,
 }
+
+/// Room that output leaves to others, and when it was asked for last.
+#[derive(Debug, Default)]
+struct LowWater {
+    min_free: u64,
+    asked_at: Option<Instant>,
+    /// Bytes let through since then.
+    admitted: u64,
+    is_low: bool,
+}
+
+/// How often the free room is asked for, at most; and after how many bytes at the latest.
+const ASK: (Duration, u64) = (Duration::from_secs(1), 64 * 1024 * 1024);
 
 /// Bytes set aside. Ends and verdicts have a few KiB each.
 const RESERVE: u64 = 1024 * 1024;
@@ -28,7 +42,28 @@ const RETRY: Duration = Duration::from_secs(1);
 
 impl Room {
     pub(super) fn new(disk: Arc<dyn Disk>, dir: &Path) -> Self {
-        Self { disk, dir: dir.to_owned(), retry_at: None }
+        Self { disk, dir: dir.to_owned(), retry_at: None, low_water: LowWater::default() }
+    }
+
+    /// So much stays free of output.
+    pub(super) fn keep_free(&mut self, min_free: u64) {
+        self.low_water.min_free = min_free;
+    }
+
+    /// Whether so much output may be written: not when it would take what is to stay free. What must be stored is
+    /// written without asking.
+    pub(super) fn admits(&mut self, bytes: u64) -> bool {
+        let Self { disk, dir, low_water, .. } = self;
+        if bytes == 0 || low_water.min_free == 0 {
+            return true;
+        }
+        let now = Instant::now();
+        low_water.admitted += bytes;
+        if low_water.admitted >= ASK.1 || low_water.asked_at.is_none_or(|at| now >= at + ASK.0) {
+            low_water.is_low = disk.free(dir).is_ok_and(|free| free < low_water.min_free.saturating_add(bytes));
+            (low_water.asked_at, low_water.admitted) = (Some(now), 0);
+        }
+        !low_water.is_low
     }
 
     fn reserve(&self) -> PathBuf {
@@ -112,6 +147,7 @@ impl Room {
     #[cfg(test)]
     pub(super) fn be_due(&mut self) {
         self.retry_at = self.retry_at.map(|_| Instant::now());
+        self.low_water.asked_at = None;
     }
 
     /// What waited was tried again, and `waits` or not. There is room again when there is enough for a whole reserve.

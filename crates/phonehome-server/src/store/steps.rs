@@ -27,6 +27,7 @@ use super::{
     current::Current,
     log::AttemptLog,
     quarantine,
+    quota::Quota,
     recency::Recency,
     recover,
     room::Room,
@@ -55,6 +56,8 @@ pub(super) struct Steps {
     /// Steps with something to commit.
     dirty: BTreeSet<Key>,
     files: Vec<NewFile>,
+    /// Of builds that have one, until their verdict.
+    quotas: BTreeMap<BuildId, Arc<Quota>>,
     room: Room,
 }
 
@@ -66,6 +69,7 @@ struct Step {
     current: Option<Current>,
     /// Everything readers may have, by the number of the attempt.
     known: BTreeMap<Attempt, Arc<AttemptFiles>>,
+    quota: Option<Arc<Quota>>,
 }
 
 /// An agent whose attempt is made with the next commit. Thousands come at a time when a server was started again.
@@ -104,7 +108,18 @@ impl Steps {
             arrivals: BTreeMap::new(),
             dirty: BTreeSet::new(),
             files: Vec::new(),
+            quotas: BTreeMap::new(),
         }
+    }
+
+    /// So much of the file system stays free of output.
+    pub(super) fn keep_free(&mut self, min_free: u64) {
+        self.room.keep_free(min_free);
+    }
+
+    /// Limits what a build may store, from its first hello or survey on.
+    pub(super) fn limit(&mut self, build: BuildId, bytes: u64) {
+        self.quotas.insert(build, Quota::new(bytes));
     }
 
     /// Sets aside what must be there when the disk is full, and makes durable what earlier processes have left.
@@ -126,7 +141,8 @@ impl Steps {
     /// The step, with what an earlier process left of it.
     fn load(&mut self, key: &Key) -> io::Result<&mut Step> {
         if !self.steps.contains_key(key) {
-            let step = Step::load(&*self.disk, &self.dir(key))?;
+            let mut step = Step::load(&*self.disk, &self.dir(key))?;
+            step.quota = self.quotas.get(&key.0).cloned();
             self.steps.insert(key.clone(), step);
         }
         Ok(self.steps.get_mut(key).expect("it was put there above"))
@@ -366,7 +382,13 @@ impl Steps {
     /// Writes everything, then syncs everything, and only then lets anybody know.
     fn commit_these(&mut self, keys: &[&Key]) {
         for key in keys {
-            self.with(key, |current, _| current.write());
+            self.with(key, |current, room| {
+                if room.admits(current.waiting_bytes()) {
+                    current.write();
+                } else {
+                    current.hold();
+                }
+            });
             self.note_open(key);
         }
         self.sync(keys);
@@ -457,6 +479,7 @@ impl Steps {
             if durable { self.disk.sync_dir(&self.root) } else { Ok(()) }
         })?;
         if kept == Kept::Verdict {
+            self.quotas.remove(build);
             for (_, step) in self.steps.iter_mut().filter(|((of, _), _)| of == build) {
                 step.current.iter_mut().for_each(Current::close);
             }
@@ -494,13 +517,17 @@ impl Step {
             owners.push(owner.producer);
             finished = matches!(End::read(disk, &path)?, End::Known(_));
         }
-        Ok(Self { attempts: Attempts::resume(owners, finished), current: None, known: BTreeMap::new() })
+        Ok(Self { attempts: Attempts::resume(owners, finished), current: None, known: BTreeMap::new(), quota: None })
     }
 
     /// What readers have of an attempt.
     fn files(&mut self, disk: &Arc<dyn Disk>, key: &Key, attempt: Attempt, dir: PathBuf) -> Arc<AttemptFiles> {
         let new = || AttemptFiles::new(disk.clone(), key.0.clone(), key.1.clone(), attempt, dir);
-        self.known.entry(attempt).or_insert_with(new).clone()
+        let files = self.known.entry(attempt).or_insert_with(new).clone();
+        if let Some(quota) = &self.quota {
+            files.quota.get_or_init(|| quota.clone());
+        }
+        files
     }
 
     fn is_full(&self) -> bool {
