@@ -14,6 +14,8 @@
 //! builds/BUILD/STEP/ATTEMPT/index        48 bytes per record, see [`index`]
 //! builds/BUILD/STEP/ATTEMPT/attempt.json whose attempt it is
 //! builds/BUILD/STEP/ATTEMPT/finished.json FINISHED and what was answered, once accepted
+//! builds/BUILD/STEP/ATTEMPT/{log,events,index}.zst  in place of the plain files once they are sealed, see [`seal`]
+//! builds/.expired-BUILD                  a build that is being removed, see [`expire`]
 //! reserve                                1 MiB of nothing: given up in pieces for ends and verdicts when the disk is full
 //! ```
 //!

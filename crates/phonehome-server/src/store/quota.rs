@@ -273,6 +273,31 @@ mod tests {
         }
     }
 
+    /// As after an end whose digest is wrong: the last records are sent again, from the middle of the hole.
+    #[tokio::test(start_paused = true)]
+    async fn a_hole_that_is_taken_back_in_part_is_the_same_hole_again() {
+        let mut scene = Scene::new(4).await;
+        let mut agent = Agent::new(1);
+        let opened = scene.greet(&agent, 0).await;
+        scene.append(&opened, &mut agent, Stream::Stdout, "1234").await;
+        scene.append(&opened, &mut agent, Stream::Stdout, "gone").await;
+        let back = agent.clone();
+        scene.append(&opened, &mut agent, Stream::Stdout, "gone").await;
+        scene.append(&opened, &mut agent, Stream::Event, "{}").await;
+        let told = ["1234", "2 lost", "{}"];
+        scene.progress(&opened, |progress| progress.next == 4).await;
+        assert_eq!(read(&opened.writer.files), told);
+        assert!(scene.store.rewind(&opened.writer, &back.tally).await.unwrap());
+        assert_eq!(scene.progress(&opened, |progress| progress.rewinds == 1).await.next, 2);
+        agent = back;
+        scene.append(&opened, &mut agent, Stream::Stdout, "gone").await;
+        scene.append(&opened, &mut agent, Stream::Event, "{}").await;
+        scene.finish(&opened, &agent).await;
+        assert_eq!(read(&opened.writer.files), told);
+        scene.restart(4).await;
+        assert_eq!(read(&scene.survey().await[0].files), told);
+    }
+
     #[tokio::test(start_paused = true)]
     async fn a_full_disk_lets_the_hole_and_the_end_through() {
         let scene = Scene::new(0).await;
