@@ -5,7 +5,7 @@
 
 use std::{collections::BTreeMap, io, path::Path, sync::Arc};
 
-use phonehome_env::disk::{Disk, File};
+use phonehome_env::disk::{Disk, File, Open};
 use phonehome_proto::{
     frame::{Finished, FinishedAck},
     id::{Attempt, BuildId, StepName},
@@ -85,6 +85,33 @@ pub(crate) fn load(disk: &Arc<dyn Disk>, data: &Path, build: &BuildId) -> io::Re
 pub(crate) fn list(disk: &dyn Disk, data: &Path) -> io::Result<Vec<BuildId>> {
     let names = disk.list(&data.join("builds"))?;
     Ok(names.iter().filter_map(|name| name.to_str()?.parse().ok()).collect())
+}
+
+/// What a build takes on the disk: the length of every file in its directory, whatever it is. 0 when there is no such
+/// build.
+///
+/// # Errors
+///
+/// When the disk fails.
+pub(crate) fn bytes(disk: &dyn Disk, data: &Path, build: &BuildId) -> io::Result<u64> {
+    tree_bytes(disk, &data.join("builds").join(build.as_str()))
+}
+
+fn tree_bytes(disk: &dyn Disk, dir: &Path) -> io::Result<u64> {
+    let names = match disk.list(dir) {
+        Err(error) if is_missing(&error) => Vec::new(), // it is being removed
+        names => names?,
+    };
+    let mut sum = 0;
+    for path in names.iter().map(|name| dir.join(name)) {
+        sum += match disk.open(&path, Open::Read) {
+            Ok(file) => file.len()?,
+            Err(error) if error.kind() == io::ErrorKind::InvalidInput => tree_bytes(disk, &path)?, // it is no file
+            Err(error) if is_missing(&error) => 0,                                                 // it is being sealed
+            Err(error) => return Err(error),
+        };
+    }
+    Ok(sum)
 }
 
 fn load_step(
@@ -219,6 +246,19 @@ mod tests {
         assert_eq!((main.owner.agent.as_str(), &main.finished), ("test", &progress[2].finished));
         assert!(main.finished.as_ref().is_some_and(|(_, answer)| *answer == FinishedAck::Complete));
         assert!(!main.is_end_damaged && found.attempts[0].finished.is_none());
+    }
+
+    #[test]
+    fn a_build_takes_what_all_its_files_take() {
+        let scene = Scene::new();
+        let (mut log, mut agent) = scene.attempt("main/1");
+        scene.write(&mut log, &mut agent, Stream::Stdout, "out\n");
+        fs::create_dir_all(scene.path("main/1/quarantine/1")).unwrap();
+        fs::write(scene.path("main/1/quarantine/1/log"), "set aside").unwrap();
+        fs::write(scene.path("reports"), "{}\n").unwrap();
+        let owner = fs::metadata(scene.path("main/1/attempt.json")).unwrap().len();
+        let bytes = |build: &str| bytes(&RealDisk, &scene.data(), &build.parse().unwrap()).unwrap();
+        assert_eq!((bytes("b"), bytes("unknown")), (owner + 4 + ENTRY as u64 + 9 + 3, 0));
     }
 
     #[test]
