@@ -267,6 +267,26 @@ pub fn write_whole(disk: &dyn Disk, path: &Path, contents: &[u8], durable: bool)
     }
 }
 
+/// Writes a small file that only this user may read, durably, so that a reader sees all of it or what was there before.
+///
+/// # Errors
+///
+/// When the disk is full or fails; what was there before is there still.
+pub fn write_private(disk: &dyn Disk, path: &Path, contents: &[u8]) -> io::Result<()> {
+    let temporary = path.with_extension("tmp");
+    drop(disk.remove_file(&temporary)); // left by a process that was killed, and of its mode, whatever that is
+    let written = (|| {
+        let file = disk.open(&temporary, Open::New)?;
+        file.write_all_at(&mut [IoSlice::new(contents)], 0)?;
+        file.sync()
+    })();
+    if let Err(error) = written.and_then(|()| disk.rename(&temporary, path)) {
+        drop(disk.remove_file(&temporary)); // it may not even be there; the error that counts is the first
+        return Err(error);
+    }
+    path.parent().map_or(Ok(()), |dir| disk.sync_dir(dir))
+}
+
 /// Whether an error says that there is no room: the file system is full, or a quota is.
 #[must_use]
 pub fn is_full(error: &io::Error) -> bool {
@@ -477,6 +497,19 @@ mod tests {
             assert_eq!(RealDisk.read(&path).unwrap(), text.as_bytes());
         }
         assert_eq!(RealDisk.list(dir.path()).unwrap(), ["verdict.json"]);
+    }
+
+    #[test]
+    fn a_private_file_is_private_whatever_was_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("tokens.json");
+        for leftover in [&path, &dir.path().join("tokens.tmp")] {
+            fs::write(leftover, "for all to see").unwrap();
+        }
+        write_private(&RealDisk, &path, b"secret").unwrap();
+        assert_eq!(RealDisk.read(&path).unwrap(), b"secret");
+        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
+        assert_eq!(RealDisk.list(dir.path()).unwrap(), ["tokens.json"]);
     }
 
     #[test]

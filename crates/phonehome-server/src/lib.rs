@@ -57,6 +57,7 @@ pub mod fuzzing;
 mod hook;
 #[cfg(feature = "http")]
 mod http;
+#[allow(dead_code, reason = "the standing server uses it")]
 mod identity;
 #[cfg(feature = "http")]
 mod keeper;
@@ -64,16 +65,23 @@ mod listener;
 mod report;
 mod retention;
 #[cfg(feature = "http")]
+mod secret;
+#[cfg(feature = "http")]
 mod serve;
 mod server;
+#[cfg(feature = "http")]
+mod stamp;
 mod store;
 #[cfg(feature = "http")]
 mod summary;
 mod tasks;
+#[cfg(feature = "http")]
+#[allow(dead_code, reason = "the standing server uses it")]
+mod tokens;
 mod words;
 
 pub use builds::{BuildLog, Clock, Clocks, LogItem, LogRecord, Outcome, StepLog, Verdict};
-pub use identity::IdentityError;
+pub use identity::{ClientAuth, IdentityError, KeySource};
 pub use phonehome_proto::{
     frame::{End, Record, Stream, Usage},
     id::{BuildId, Digest, StepName},
