@@ -72,6 +72,8 @@ mod server;
 #[cfg(feature = "http")]
 mod stamp;
 mod store;
+#[allow(dead_code, reason = "the standing server uses it")]
+mod strangers;
 #[cfg(feature = "http")]
 mod summary;
 mod tasks;

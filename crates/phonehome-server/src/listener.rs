@@ -1,6 +1,15 @@
 //! From a TCP connection to a websocket: TLS, HTTP, and every reason to say no.
 
-use std::{convert::Infallible, io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    convert::Infallible,
+    io,
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use http::{
     HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Version,
@@ -18,8 +27,7 @@ use rustls::ServerConfig;
 use tokio::{
     io::{AsyncRead, AsyncWrite, AsyncWriteExt},
     net::{TcpListener, TcpStream},
-    sync::{OwnedSemaphorePermit, Semaphore},
-    time::{sleep, timeout},
+    time::{Instant, sleep, sleep_until, timeout, timeout_at},
 };
 use tokio_rustls::TlsAcceptor;
 use tokio_tungstenite::{
@@ -28,7 +36,7 @@ use tokio_tungstenite::{
 };
 use tracing::{Instrument, debug, info_span, warn};
 
-use crate::{builds::Build, connection::Connection, server::Shared, tasks::Tasks};
+use crate::{builds::Build, connection::Connection, server::Shared, strangers::Stranger, tasks::Tasks};
 
 type Body = http_body_util::combinators::UnsyncBoxBody<bytes::Bytes, Box<dyn std::error::Error + Send + Sync>>;
 
@@ -39,7 +47,6 @@ pub(crate) struct Listener {
     shared: Arc<Shared>,
     tasks: Tasks,
     front: Front,
-    strangers: Arc<Semaphore>,
 }
 
 /// What a server has beside its agents' connections.
@@ -49,10 +56,8 @@ pub(crate) struct Front {
     pub(crate) standing: Option<(Arc<crate::serve::Standing>, axum::Router)>,
 }
 
-/// Sockets that have not shown a valid token yet. More wait in the system's accept queue.
-const MAX_STRANGERS: usize = 512;
-
-/// TLS handshake, and from there to the end of the request's headers.
+/// From the connection to the end of the first request's head, TLS handshake included; and the same time for the head of
+/// each further request on the connection.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Read buffer of an agent's socket, bytes: large enough that a block takes few system calls.
@@ -69,19 +74,17 @@ impl Listener {
         tasks: Tasks,
         front: Front,
     ) -> Self {
-        let strangers = Arc::new(Semaphore::new(MAX_STRANGERS));
-        Self { socket, tls: tls.map(TlsAcceptor::from), shared, tasks, front, strangers }
+        Self { socket, tls: tls.map(TlsAcceptor::from), shared, tasks, front }
     }
 
     pub(crate) async fn run(self) {
         loop {
-            let Ok(permit) = self.strangers.clone().acquire_owned().await else { return };
             let accepted = tokio::select! {
                 () = self.shared.shutdown.cancelled() => return,
                 accepted = self.socket.accept() => accepted,
             };
             match accepted {
-                Ok((tcp, peer)) => self.spawn(tcp, peer, permit),
+                Ok((tcp, peer)) => self.spawn(tcp, peer),
                 Err(error) => {
                     warn!("cannot accept a connection: {error}");
                     sleep(ACCEPT_PAUSE).await;
@@ -90,12 +93,14 @@ impl Listener {
         }
     }
 
-    fn spawn(&self, tcp: TcpStream, peer: SocketAddr, permit: OwnedSemaphorePermit) {
+    fn spawn(&self, tcp: TcpStream, peer: SocketAddr) {
+        let stranger = Arc::new(self.shared.strangers.admit(peer.ip()));
         let visitor = Visitor {
             tls: self.tls.clone(),
             shared: self.shared.clone(),
             tasks: self.tasks.clone(),
             front: self.front.clone(),
+            stranger: Some(stranger.clone()),
         };
         let shutdown = self.shared.shutdown.clone();
         let span = info_span!("agent", %peer);
@@ -105,9 +110,9 @@ impl Listener {
                     result = visitor.serve(tcp) => if let Err(error) = result {
                         debug!("the connection ended before it was one: {error}");
                     },
+                    () = stranger.gives_way() => debug!("closed for newer connections: it has not shown a token yet"),
                     () = shutdown.cancelled() => {}
                 }
-                drop(permit);
             }
             .instrument(span),
         );
@@ -120,38 +125,64 @@ pub(crate) struct Visitor {
     pub(crate) shared: Arc<Shared>,
     pub(crate) tasks: Tasks,
     pub(crate) front: Front,
+    /// Its place among those, which it has for as long as it is one; `None` for whoever was let in elsewhere.
+    pub(crate) stranger: Option<Arc<Stranger>>,
 }
 
 impl Visitor {
     async fn serve(self, tcp: TcpStream) -> io::Result<()> {
+        let deadline = Instant::now() + HANDSHAKE_TIMEOUT;
         network::prepare(&tcp)?;
         match &self.tls {
-            None => self.serve_http(tcp).await,
-            Some(_) if !speaks_tls(&tcp).await? => refuse_plain_http(tcp).await,
+            None => self.serve_http_by(deadline, tcp).await,
+            Some(_) if !timeout_at(deadline, speaks_tls(&tcp)).await?? => refuse_plain_http(tcp).await,
             Some(acceptor) => {
-                let stream = timeout(HANDSHAKE_TIMEOUT, acceptor.accept(tcp)).await??;
-                self.serve_http(stream).await
+                let stream = timeout_at(deadline, acceptor.accept(tcp)).await??;
+                self.serve_http_by(deadline, stream).await
             }
         }
     }
 
-    /// Answers one request, and runs the agent's connection when it is one.
+    /// Answers requests, and runs the agent's connection when one asks for it.
     pub(crate) async fn serve_http(
         self,
         stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
     ) -> io::Result<()> {
-        let service = service_fn(async |request| Ok::<_, Infallible>(self.answer(request).await));
-        hyper::server::conn::http1::Builder::new()
-            .timer(TokioTimer::new())
-            .header_read_timeout(HANDSHAKE_TIMEOUT)
-            .max_buf_size(MAX_HEADERS)
-            .serve_connection(TokioIo::new(stream), service)
-            .with_upgrades()
-            .await
-            .map_err(io::Error::other)
+        self.serve_http_by(Instant::now() + HANDSHAKE_TIMEOUT, stream).await
     }
 
-    async fn answer(&self, request: Request<Incoming>) -> Response<Body> {
+    /// The same, with the first request's head there by `deadline`.
+    async fn serve_http_by(
+        self,
+        deadline: Instant,
+        stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    ) -> io::Result<()> {
+        let was_asked = AtomicBool::new(false);
+        let service = service_fn(async |request| {
+            was_asked.store(true, Ordering::Relaxed);
+            Ok::<_, Infallible>(self.answer(request).await)
+        });
+        let connection = hyper::server::conn::http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(HANDSHAKE_TIMEOUT)
+            .max_buf_size(MAX_HEAD)
+            .max_headers(MAX_HEADERS)
+            .serve_connection(TokioIo::new(stream), service)
+            .with_upgrades();
+        let overdue = async {
+            sleep_until(deadline).await;
+            if was_asked.load(Ordering::Relaxed) {
+                std::future::pending::<()>().await;
+            }
+        };
+        tokio::select! {
+            result = connection => result.map_err(io::Error::other),
+            () = overdue => Err(io::ErrorKind::TimedOut.into()),
+        }
+    }
+
+    #[cfg_attr(not(feature = "http"), expect(unused_mut, reason = "the API has to know who asks"))]
+    async fn answer(&self, mut request: Request<Incoming>) -> Response<Body> {
         let path = request.uri().path();
         if path == AGENT_PATH || path.ends_with(AGENT_PATH) {
             return self.upgrade(request).await.unwrap_or_else(|refused| {
@@ -161,6 +192,7 @@ impl Visitor {
         }
         #[cfg(feature = "http")]
         if let Some((_, router)) = &self.front.standing {
+            request.extensions_mut().insert(self.stranger.clone());
             return answer_by(router, request).await;
         }
         match path {
@@ -202,7 +234,10 @@ impl Visitor {
             return Err(refused("a bearer token is required\n"));
         }
         match self.by_token(token.trim()).await {
-            Ok(Some(build)) => Ok(build),
+            Ok(Some(build)) => {
+                self.stranger.iter().for_each(|stranger| stranger.become_known());
+                Ok(build)
+            }
             Ok(None) if self.may_not_know_yet() => {
                 // A server that was started again hears from agents before it is told what to expect: 401 would be final.
                 Err(text(StatusCode::SERVICE_UNAVAILABLE, "no build is expected here yet\n"))
@@ -236,8 +271,11 @@ impl Visitor {
 /// Where agents connect, whatever prefix a proxy left in front of it.
 const AGENT_PATH: &str = "/v1/agent";
 
-/// Longest request head, bytes.
-const MAX_HEADERS: usize = 16 * 1024;
+/// Longest request head, bytes; a longer one is answered 431.
+const MAX_HEAD: usize = 16 * 1024;
+
+/// Header lines of a request: what clients and the proxies before them send, and as many again.
+const MAX_HEADERS: usize = 64;
 
 #[expect(clippy::result_large_err, reason = "the error is an answer, made once per connection")]
 fn websocket_key(request: &Request<Incoming>) -> Result<&HeaderValue, Response<Body>> {
@@ -306,7 +344,7 @@ async fn welcome(upgraded: OnUpgrade, codec: Codec, build: Arc<Build>, shared: A
 /// Whether the first byte is a TLS handshake record's (RFC 8446, section 5.1).
 async fn speaks_tls(tcp: &TcpStream) -> io::Result<bool> {
     let mut first = [0];
-    let count = timeout(HANDSHAKE_TIMEOUT, tcp.peek(&mut first)).await??;
+    let count = tcp.peek(&mut first).await?;
     Ok(count == 0 || first[0] == 22)
 }
 
@@ -317,8 +355,101 @@ async fn refuse_plain_http(mut tcp: TcpStream) -> io::Result<()> {
         tcp.write_all(answer.as_bytes()).await?;
         tcp.shutdown().await?;
         // What the peer sent is read away, or the answer would be lost in a reset.
-        tokio::io::copy(&mut tokio::io::AsyncReadExt::take(&mut tcp, MAX_HEADERS as u64), &mut tokio::io::sink()).await
+        tokio::io::copy(&mut tokio::io::AsyncReadExt::take(&mut tcp, MAX_HEAD as u64), &mut tokio::io::sink()).await
     })
     .await??;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::{
+        io::{AsyncReadExt, DuplexStream},
+        task::JoinHandle,
+        time::advance,
+    };
+
+    use super::*;
+    use crate::{Config, Durability, Server};
+
+    #[tokio::test]
+    async fn a_head_that_is_too_long_or_has_too_many_lines_is_answered_431() {
+        let scene = Scene::new();
+        let long = format!("GET /healthz HTTP/1.1\r\nX-Long: {}\r\n\r\n", "x".repeat(MAX_HEAD));
+        let many = format!("GET /healthz HTTP/1.1\r\n{}\r\n", "X-Many: x\r\n".repeat(MAX_HEADERS + 1));
+        let fine = format!("GET /healthz HTTP/1.1\r\n{}\r\n", "X-Many: x\r\n".repeat(MAX_HEADERS));
+        for (request, status) in [(long, "431"), (many, "431"), (fine, "200")] {
+            let (mut client, _served) = scene.connect();
+            client.write_all(request.as_bytes()).await.unwrap();
+            let mut answer = [0; "HTTP/1.1 431".len()];
+            client.read_exact(&mut answer).await.unwrap();
+            assert!(answer.ends_with(status.as_bytes()), "{}", String::from_utf8_lossy(&answer));
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_head_that_dribbles_in_is_not_waited_for() {
+        let scene = Scene::new();
+        let (mut client, served) = scene.connect();
+        for byte in b"GET /heal" {
+            client.write_all(&[*byte]).await.unwrap();
+            advance(Duration::from_secs(1)).await;
+        }
+        assert!(!served.is_finished());
+        advance(Duration::from_secs(2)).await;
+        assert!(served.await.unwrap().is_err());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn neither_is_the_head_of_a_second_request() {
+        let scene = Scene::new();
+        for second in ["", "GET /heal"] {
+            let (mut client, served) = scene.connect();
+            client.write_all(b"GET /healthz HTTP/1.1\r\n\r\n").await.unwrap();
+            let mut answer = [0; 1024];
+            assert!(client.read(&mut answer).await.unwrap() > 0);
+            client.write_all(second.as_bytes()).await.unwrap();
+            let began = Instant::now();
+            drop(served.await.unwrap()); // in whatever way it ended
+            assert!(began.elapsed() < HANDSHAKE_TIMEOUT + Duration::from_secs(1), "{second:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn sockets_that_say_nothing_do_not_keep_others_out() {
+        let dir = tempfile::tempdir().unwrap();
+        let (listen, data) = ("127.0.0.1:0".parse().unwrap(), dir.path().to_owned());
+        let server = Server::spawn(Config { listen, tls: false, data, durability: Durability::Os }).await.unwrap();
+        let mut silent = Vec::new();
+        for _ in 0..500 {
+            silent.push(TcpStream::connect(server.local_addr()).await.unwrap());
+        }
+        let mut honest = TcpStream::connect(server.local_addr()).await.unwrap();
+        honest.write_all(b"GET /healthz HTTP/1.1\r\nConnection: close\r\n\r\n").await.unwrap();
+        let mut answer = String::new();
+        timeout(HANDSHAKE_TIMEOUT, honest.read_to_string(&mut answer)).await.expect("it is served at once").unwrap();
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+        let closed = timeout(HANDSHAKE_TIMEOUT / 2, silent[0].read(&mut [0])).await.expect("the oldest has given way");
+        assert!(!matches!(closed, Ok(1..)));
+        assert!(server.visitor().shared.strangers.count() <= 64);
+    }
+
+    struct Scene {
+        server: Server,
+        _dir: tempfile::TempDir,
+    }
+
+    impl Scene {
+        fn new() -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            let (listen, data) = ("127.0.0.1:0".parse().unwrap(), dir.path().to_owned());
+            let config = Config { listen, tls: false, data, durability: Durability::Os };
+            Self { server: Server::deaf(phonehome_env::Env::real(), &config).unwrap(), _dir: dir }
+        }
+
+        fn connect(&self) -> (DuplexStream, JoinHandle<io::Result<()>>) {
+            let (client, stream) = tokio::io::duplex(64 * 1024);
+            (client, tokio::spawn(self.server.visitor().serve_http(stream)))
+        }
+    }
 }

@@ -21,6 +21,7 @@ use crate::{
     identity::{Identity, IdentityError},
     listener::{Front, Listener, Visitor},
     store::{Durability, Store, StoreSettings},
+    strangers::{StrangerLimits, Strangers},
     tasks::Tasks,
 };
 
@@ -64,6 +65,7 @@ pub(crate) struct Shared {
     /// Connections that have said hello, for dividing the windows.
     pub(crate) agents: std::sync::atomic::AtomicU64,
     pub(crate) shutdown: CancellationToken,
+    pub(crate) strangers: Strangers,
     refusals: Mutex<Option<Refusals>>,
 }
 
@@ -215,6 +217,7 @@ impl Server {
             env,
             agents: std::sync::atomic::AtomicU64::new(0),
             shutdown: CancellationToken::new(),
+            strangers: Strangers::new(StrangerLimits::default()),
             refusals: Mutex::new(None),
         });
         let address = SocketAddr::from(([0, 0, 0, 0], 0));
@@ -243,13 +246,23 @@ impl Server {
 
     /// Serves a connection that was accepted elsewhere, on a unix socket say. Nothing is encrypted here.
     pub fn serve(&self, stream: impl Transport + 'static) {
-        let visitor =
-            Visitor { tls: None, shared: self.shared.clone(), tasks: self.tasks.clone(), front: Front::default() };
+        let visitor = self.visitor();
         self.tasks.spawn(async move {
             if let Err(error) = visitor.serve_http(stream).await {
                 debug!("the connection ended before it was one: {error}");
             }
         });
+    }
+
+    /// Somebody who was let in elsewhere.
+    pub(crate) fn visitor(&self) -> Visitor {
+        Visitor {
+            tls: None,
+            shared: self.shared.clone(),
+            tasks: self.tasks.clone(),
+            front: Front::default(),
+            stranger: None,
+        }
     }
 
     /// Callers that were turned away so far: what to look at when a build never connects.

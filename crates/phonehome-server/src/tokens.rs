@@ -19,11 +19,7 @@ use phonehome_proto::{frame::UnixMicros, id::Digest};
 use serde::{Deserialize, Serialize};
 use subtle::ConstantTimeEq;
 
-use crate::{
-    builds::{TokenHash, hash_token},
-    secret::Secret,
-    stamp::Stamp,
-};
+use crate::{builds::hash_token, secret::Secret, stamp::Stamp};
 
 /// What somebody wants to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -231,7 +227,7 @@ impl Tokens {
         let (id, secret) = draw(&self.env, scope).map_err(TokenError::Random)?;
         let (name, created) = (name.to_owned(), Some(now));
         let info = TokenInfo { id, name, scope, created, expires, revoked: None };
-        let stored = Stored { info: info.clone(), sha256: Digest(hash_token(secret.expose())) };
+        let stored = Stored { info: info.clone(), sha256: hash_token(secret.expose()) };
         self.change(|tokens| {
             make_room(tokens, now)?;
             tokens.push(stored);
@@ -303,11 +299,11 @@ impl Stored {
         let name = format!("{} from the environment", scope.name());
         let id = format!("given-{}", scope.name());
         let info = TokenInfo { id, name, scope, created: None, expires: None, revoked: None };
-        Ok(Self { info, sha256: Digest(hash_token(text)) })
+        Ok(Self { info, sha256: hash_token(text) })
     }
 
-    fn is(&self, hash: &TokenHash) -> bool {
-        self.sha256.0.ct_eq(hash).into()
+    fn is(&self, hash: &Digest) -> bool {
+        self.sha256.0.ct_eq(&hash.0).into()
     }
 }
 

@@ -7,7 +7,10 @@ use http::{header::AUTHORIZATION, request::Parts};
 use phonehome_proto::id::BuildId;
 
 use super::problem::Problem;
-use crate::serve::{Access, Standing};
+use crate::{
+    serve::{Access, Standing},
+    strangers::Stranger,
+};
 
 /// A caller whose token is known.
 pub(crate) struct Caller(Access);
@@ -70,7 +73,11 @@ where
             return Err(Problem::unauthorized("send Authorization: Bearer TOKEN"));
         }
         match standing.access(token.trim()).await? {
-            Some(access) => Ok(Self(access)),
+            Some(access) => {
+                let stranger = parts.extensions.get::<Option<Arc<Stranger>>>().and_then(Option::as_deref);
+                stranger.into_iter().for_each(Stranger::become_known);
+                Ok(Self(access))
+            }
             None => Err(Problem::unauthorized("the token is not known here, or was revoked")),
         }
     }
