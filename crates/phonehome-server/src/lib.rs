@@ -61,6 +61,9 @@ mod http;
 mod identity;
 #[cfg(feature = "http")]
 mod keeper;
+#[cfg(feature = "http")]
+#[allow(dead_code, reason = "the standing server uses it")]
+mod lifecycle;
 mod listener;
 mod report;
 mod retention;
