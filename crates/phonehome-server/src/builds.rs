@@ -35,7 +35,7 @@ pub use self::{
 use crate::{
     declaration::Declaration,
     report::Report,
-    store::{AttemptFiles, OpenError, Opened, Store, Surveyed},
+    store::{AttemptFiles, OpenError, Opened, Store, Surveyed, archive},
 };
 
 /// SHA-256 of a token: all that is kept of it.
@@ -583,9 +583,9 @@ impl Build {
         self.verdict.borrow().clone()
     }
 
-    /// Fires whenever anything about the build has changed.
-    pub(crate) fn changes(&self) -> watch::Receiver<u64> {
-        self.changed.subscribe()
+    /// Bytes of everything in its directory.
+    pub(crate) fn size_on_disk(&self) -> io::Result<u64> {
+        archive::bytes(&**self.store.disk(), self.store.data(), &self.id)
     }
 
     pub(crate) fn was_connected(&self) -> bool {

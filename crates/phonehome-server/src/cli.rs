@@ -1,5 +1,6 @@
 //! The command line: arguments as typed, settings as checked, and what the process exits with.
 
+mod given;
 mod healthcheck;
 mod hook_args;
 mod rebuild;
@@ -7,11 +8,11 @@ mod serve_args;
 
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand, ValueEnum, error::ErrorKind};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum, error::ErrorKind};
 use tokio::sync::mpsc;
 use tracing::level_filters::LevelFilter;
 
-use self::{hook_args::HookArgs, serve_args::ServeArgs};
+use self::{given::Given, hook_args::HookArgs, serve_args::ServeArgs};
 use crate::hook::{self, Notice, notices};
 
 /// Receives builds that phone home.
@@ -30,6 +31,7 @@ enum Command {
     Hook(Box<HookArgs>),
     Serve(Box<ServeArgs>),
     Rebuild(rebuild::RebuildArgs),
+    CheckConfig(serve_args::CheckConfigArgs),
     Healthcheck(healthcheck::HealthcheckArgs),
 }
 
@@ -75,14 +77,18 @@ const EXIT_FAILURE: u8 = 125;
 /// Runs the command that the process was started with.
 #[must_use]
 pub fn main() -> ExitCode {
-    match Args::try_parse() {
-        Ok(args) => ExitCode::from(run(args)),
+    let line: Vec<_> = std::env::args_os().collect();
+    let read = Given::read(Args::command(), &line);
+    match read.and_then(|given| Ok((Args::from_arg_matches(&given.matches)?, given))) {
+        Ok((args, given)) => ExitCode::from(run(args, &given)),
         Err(usage) => explain(&usage),
     }
 }
 
-fn run(args: Args) -> u8 {
+fn run(args: Args, given: &Given) -> u8 {
     match args.command {
+        Command::Serve(args) if args.print_config => told(serve_args::print(&given.to_toml()).map(|()| 0)),
+        Command::CheckConfig(args) => told(serve_args::check(&args).map(|()| 0)),
         Command::Hook(args) => run_hook(*args),
         Command::Serve(args) => run_serve(&args),
         Command::Rebuild(args) => told(rebuild::run(&args).map(|()| 0)),

@@ -155,7 +155,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             info!("disconnected: {reason}");
         } else {
             warn!("disconnected: {reason}");
-            self.shared.note_refusal(&reason);
+            let kind = hangup.close_code().map_or("broken".into(), |code| code.to_string());
+            self.shared.note_refusal(kind, &reason);
         }
         if let Some(code) = hangup.close_code() {
             drop(timeout(CLOSE_TIMEOUT, self.close(code, reason)).await); // a peer that does not answer is left alone
@@ -165,7 +166,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     async fn hello(&mut self) -> Result<Hello, Hangup> {
         let deadline = Instant::now() + HELLO_TIMEOUT;
         loop {
-            let shutdown = self.shared.shutdown.clone();
+            let shutdown = self.shared.draining.clone();
             let message = tokio::select! {
                 biased; // the order is the same in every run
                 () = shutdown.cancelled() => return Err(Hangup::ShuttingDown),
@@ -181,6 +182,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
 
     async fn serve(&mut self, hello: Hello) -> Hangup {
         let step = hello.step.clone();
+        #[cfg(feature = "http")]
+        let labels = hello.labels.clone();
         let seat = match self.build.seat(hello).await {
             Ok(seat) => seat,
             Err(refusal) => return refusal.into(),
@@ -190,9 +193,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             return Hangup::Superseded; // a newer hello was seated first
         }
         self.shared.agents.fetch_add(1, Ordering::Relaxed);
+        #[cfg(feature = "http")]
+        self.tell(|log| log.handle_hello(&seat.opened.writer.files, &labels));
         let mut session = Session::new(seat, self.shared.env.jitter());
         let result = self.talk(&mut session).await;
         self.shared.agents.fetch_sub(1, Ordering::Relaxed);
+        self.shared.left.notify_waiters();
         if session.end == EndState::Answered && matches!(result, Err(Hangup::Closed)) {
             self.build.handle_confirmed(&step);
         }
@@ -200,14 +206,26 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             self.build.handle_storage(false);
         }
         self.build.leave(&step, &superseded);
+        #[cfg(feature = "http")]
+        if !superseded.is_cancelled() {
+            self.tell(|log| log.handle_disconnected(&session.seat.opened.writer.files));
+        }
         result.err().unwrap_or(Hangup::Closed)
+    }
+
+    /// Lets the lifecycle log know, if there is one.
+    #[cfg(feature = "http")]
+    fn tell(&self, tell: impl FnOnce(&crate::lifecycle::Lifecycle)) {
+        if let Some(log) = self.shared.lifecycle.get() {
+            tell(log);
+        }
     }
 
     async fn talk(&mut self, session: &mut Session) -> Result<(), Hangup> {
         let welcome = self.welcome(session);
         self.send(ServerFrame::Welcome(welcome)).await?;
         let superseded = session.seat.superseded.clone();
-        let shutdown = self.shared.shutdown.clone();
+        let shutdown = self.shared.draining.clone();
         loop {
             tokio::select! {
                 biased; // who may not go on first, then what is new, then what is due
@@ -282,6 +300,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             session.ack_soon(Instant::now());
             return Ok(());
         }
+        let meter = self.shared.store.meter();
+        meter.records_received.add(records.len() as u64);
+        meter.bytes_received.add(records.iter().map(|record| record.payload.len() as u64).sum());
+        session.waits_since.get_or_insert_with(Instant::now);
+        #[cfg(feature = "http")]
+        self.tell(|log| log.handle_records(&opened.writer.files, &records));
         if records.iter().any(|record| record.stream.is_output()) {
             self.build.handle_output();
         }
@@ -312,6 +336,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             return Ok(()); // a newer connection has taken over, which is about to be noticed
         }
         self.build.note_rewound(&writer.files);
+        #[cfg(feature = "http")]
+        self.tell(|log| log.handle_rewound(&writer.files, receiver.next()));
         session.ack_at = None;
         if progress.borrow_and_update().failed {
             return Err(Hangup::Storage);
@@ -328,6 +354,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         self.handle_full(progress.full, session);
         let receiver = &mut session.seat.opened.receiver;
         receiver.handle_durable(&progress.tally);
+        #[cfg(feature = "http")]
+        self.tell(|log| log.handle_progress(&session.seat.opened.writer.files));
+        let receiver = &mut session.seat.opened.receiver;
         let (acked, acked_bytes) = (receiver.acked().next(), receiver.acked().bytes());
         if progress.next > acked && acked == session.first && !progress.full {
             self.build.handle_storage(true);
@@ -353,8 +382,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     }
 
     async fn finish(&mut self, finished: Finished, answer: FinishedAck, session: &mut Session) -> Result<(), Hangup> {
-        let step = session.seat.opened.writer.files.step.clone();
-        self.build.handle_finished(&step, finished, answer.clone());
+        let files = session.seat.opened.writer.files.clone();
+        #[cfg(feature = "http")]
+        self.tell(|log| log.handle_finished(&files, &finished));
+        self.note_acknowledged(session, finished.next);
+        self.build.handle_finished(&files.step, finished, answer.clone());
         session.end = EndState::Answered;
         session.ack_at = None;
         self.send(ServerFrame::FinishedAck(answer)).await
@@ -365,8 +397,23 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         receiver.handle_durable(&progress.borrow().tally);
         let next = receiver.acknowledge();
         session.ack_at = None;
+        self.note_acknowledged(session, next);
         let window = self.window();
         self.send(ServerFrame::Ack(Ack { next, window })).await
+    }
+
+    /// Counts what an answer acknowledges: everything below `next`.
+    fn note_acknowledged(&self, session: &mut Session, next: u64) {
+        let (meter, tally) = (self.shared.store.meter(), session.seat.opened.progress.borrow().tally.clone());
+        let (records, bytes) = std::mem::replace(&mut session.counted, (next, tally.bytes()));
+        meter.records_acknowledged.add(next.saturating_sub(records));
+        meter.bytes_acknowledged.add(tally.bytes().saturating_sub(bytes));
+        if let Some(since) = session.waits_since.take() {
+            meter.ack_latency.observe(since.elapsed());
+        }
+        if session.seat.opened.receiver.next() > next {
+            session.waits_since = Some(Instant::now()); // the rest, of which it is not known when it came
+        }
     }
 
     async fn handle_beat(&mut self, session: &mut Session) -> Result<(), Hangup> {
@@ -423,6 +470,10 @@ struct Session {
     /// What was durable when the connection began.
     first: u64,
     ack_at: Option<Instant>,
+    /// When the first record came that is not acknowledged.
+    waits_since: Option<Instant>,
+    /// Records and bytes of the attempt that were acknowledged before, or on this connection and counted.
+    counted: (u64, u64),
     /// When the build is told again that there is no room in the store.
     full_at: Option<Instant>,
     end: EndState,
@@ -441,12 +492,15 @@ impl Session {
     fn new(mut seat: Seat, jitter: f64) -> Self {
         let progress = seat.opened.progress.borrow_and_update();
         let (first, full) = (progress.next, progress.full);
+        let counted = (first, progress.bytes);
         drop(progress);
         let now = Instant::now();
         Self {
             heartbeat: Heartbeat::asking(now.into_std(), jitter),
             first,
             ack_at: None,
+            waits_since: None,
+            counted,
             full_at: full.then_some(now),
             end: EndState::Open,
             seat,

@@ -7,15 +7,18 @@ mod body;
 mod builds;
 mod health;
 mod keeping;
+mod metrics;
 mod params;
 mod problem;
 mod reports;
+mod tokens;
 
 use std::sync::Arc;
 
 use axum::{
     Router,
-    routing::{get, post},
+    middleware::from_fn_with_state,
+    routing::{delete, get, post},
 };
 
 use self::problem::Problem;
@@ -32,13 +35,17 @@ pub(crate) fn router(standing: Arc<Standing>) -> Router {
         .route("/builds/{id}/wait", get(builds::wait))
         .route("/events", post(reports::report_of_any))
         .route("/retention", post(keeping::retain))
+        .route("/tokens", get(tokens::list).post(tokens::create))
+        .route("/tokens/{id}", delete(tokens::revoke))
         .route("/version", get(health::version));
     Router::new()
         .nest("/api/v1", api)
         .route("/healthz", get(health::alive))
         .route("/readyz", get(health::ready))
+        .route("/metrics", get(metrics::metrics))
         .fallback(unknown_path)
         .method_not_allowed_fallback(wrong_method)
+        .layer(from_fn_with_state(standing.clone(), metrics::count))
         .with_state(standing)
 }
 

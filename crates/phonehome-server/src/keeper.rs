@@ -63,7 +63,12 @@ impl Keeper {
         for expiry in self.standing.due().await? {
             let why = told(expiry.rule);
             match self.standing.remove(&expiry.id, why).await {
-                Ok(()) => info!(build = %expiry.id, bytes = expiry.bytes, rule = why, "expired"),
+                Ok(()) => {
+                    let meter = self.standing.shared.store.meter();
+                    meter.builds_expired.add(1);
+                    meter.bytes_expired.add(expiry.bytes);
+                    info!(build = %expiry.id, bytes = expiry.bytes, rule = why, "expired");
+                }
                 Err(error) => warn!(build = %expiry.id, "cannot expire it: {error}"),
             }
         }
@@ -120,6 +125,7 @@ impl Standing {
             Ok::<_, io::Error>((before, after))
         };
         let (before, after) = self.shared.env.blocking(sealed).await?;
+        self.shared.store.meter().bytes_sealed.add(before);
         info!(build = %id, before, after, "sealed");
         Ok(())
     }

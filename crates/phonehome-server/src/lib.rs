@@ -57,14 +57,16 @@ pub mod fuzzing;
 mod hook;
 #[cfg(feature = "http")]
 mod http;
-#[allow(dead_code, reason = "the standing server uses it")]
 mod identity;
 #[cfg(feature = "http")]
 mod keeper;
 #[cfg(feature = "http")]
-#[allow(dead_code, reason = "the standing server uses it")]
 mod lifecycle;
 mod listener;
+#[cfg_attr(not(feature = "http"), allow(dead_code, reason = "only a standing server tells it"))]
+mod meter;
+#[cfg(feature = "http")]
+mod ready;
 mod report;
 mod retention;
 #[cfg(feature = "http")]
@@ -75,13 +77,11 @@ mod server;
 #[cfg(feature = "http")]
 mod stamp;
 mod store;
-#[allow(dead_code, reason = "the standing server uses it")]
 mod strangers;
 #[cfg(feature = "http")]
 mod summary;
 mod tasks;
 #[cfg(feature = "http")]
-#[allow(dead_code, reason = "the standing server uses it")]
 mod tokens;
 mod words;
 
@@ -93,3 +93,5 @@ pub use phonehome_proto::{
 };
 pub use server::{Config, ExpectError, Expected, ExpectedBuild, Refusals, Server, StartError};
 pub use store::Durability;
+#[cfg(feature = "http")]
+pub use tokens::TokenError;

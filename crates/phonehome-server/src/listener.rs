@@ -14,7 +14,7 @@ use std::{
 use http::{
     HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Version,
     header::{
-        AUTHORIZATION, CONNECTION, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_PROTOCOL,
+        AUTHORIZATION, CONNECTION, RETRY_AFTER, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_PROTOCOL,
         SEC_WEBSOCKET_VERSION, UPGRADE, WWW_AUTHENTICATE,
     },
 };
@@ -186,7 +186,8 @@ impl Visitor {
         let path = request.uri().path();
         if path == AGENT_PATH || path.ends_with(AGENT_PATH) {
             return self.upgrade(request).await.unwrap_or_else(|refused| {
-                self.shared.note_refusal(&format!("it was answered {}", refused.status()));
+                let status = refused.status();
+                self.shared.note_refusal(status.as_str(), &format!("it was answered {status}"));
                 refused
             });
         }
@@ -206,6 +207,11 @@ impl Visitor {
     async fn upgrade(&self, mut request: Request<Incoming>) -> Result<Response<Body>, Response<Body>> {
         let key = websocket_key(&request)?.clone();
         let codec = codec(request.headers())?;
+        if self.shared.draining.is_cancelled() {
+            let mut response = text(StatusCode::SERVICE_UNAVAILABLE, "the server is draining, come back soon\n");
+            response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
+            return Err(response);
+        }
         let build = self.build(request.headers()).await?;
         let upgraded = hyper::upgrade::on(&mut request);
         let connection = welcome(upgraded, codec, build, self.shared.clone());

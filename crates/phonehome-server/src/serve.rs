@@ -15,8 +15,7 @@ use phonehome_env::{
     Env,
     disk::{Disk, File, Open},
 };
-use phonehome_proto::id::{BuildId, Digest};
-use subtle::ConstantTimeEq;
+use phonehome_proto::id::BuildId;
 use tokio::time::{sleep, timeout};
 use tracing::{debug, info, warn};
 
@@ -24,12 +23,17 @@ use crate::{
     builds::{Build, Clocks, Verdict, hash_token},
     catalogue::{Catalogue, Entry},
     declaration::Declaration,
+    identity::{ClientAuth, Identity, KeySource, Keys, Renewal},
     keeper::{Care, Keeper},
+    lifecycle::{BuildEnd, Destination, LabelForm, Told},
+    ready::Probe,
     report::{MAX_REPORTS, Report},
-    server::Shared,
+    server::{Server, Shared},
     store::{Durability, Store, archive, expire},
-    summary::Summary,
+    strangers::StrangerLimits,
+    summary::{Summary, kind},
     tasks::Tasks,
+    tokens::{GivenTokens, NewToken, Scope, Tokens},
 };
 
 /// What a standing server is told at its start.
@@ -49,9 +53,30 @@ pub(crate) struct Settings {
     pub(crate) min_free: u64,
     /// What becomes of builds after their end.
     pub(crate) care: Care,
-    /// SHA-256 of the tokens for everything, and for reading.
-    pub(crate) admin: Option<Digest>,
-    pub(crate) read: Option<Digest>,
+    /// Whether metrics are for everybody.
+    pub(crate) metrics_public: bool,
+}
+
+/// What a standing server has beside its builds, and where that comes from.
+#[derive(Debug, Default)]
+pub(crate) struct Outfit {
+    /// `None` is without TLS.
+    pub(crate) key: Option<KeySource>,
+    pub(crate) clients: Option<ClientAuth>,
+    pub(crate) tokens: GivenTokens,
+    pub(crate) strangers: StrangerLimits,
+    pub(crate) lifecycle: Option<(Destination, LabelForm)>,
+}
+
+/// A standing server that has been started.
+#[derive(Debug)]
+pub(crate) struct Stood {
+    pub(crate) server: Server,
+    pub(crate) standing: Arc<Standing>,
+    /// Tokens that had to be made, to be shown this once.
+    pub(crate) new_tokens: Vec<NewToken>,
+    /// Who looks after the key.
+    pub(crate) renewal: Option<Renewal>,
 }
 
 /// The builds of a data directory, those that run and those that have ended.
@@ -60,6 +85,11 @@ pub(crate) struct Standing {
     pub(crate) shared: Arc<Shared>,
     pub(crate) catalogue: Catalogue,
     pub(crate) settings: Settings,
+    /// Those of people and tools.
+    pub(crate) tokens: Tokens,
+    /// The key in use, with TLS.
+    pub(crate) keys: Option<Arc<Keys>>,
+    pub(crate) probe: Probe,
     /// The pin of this server's key.
     pub(crate) pin: Option<String>,
     tasks: Tasks,
@@ -121,13 +151,17 @@ impl Standing {
         shared: Arc<Shared>,
         tasks: Tasks,
         settings: Settings,
-        pin: Option<String>,
+        tokens: Tokens,
+        identity: Option<&Identity>,
         lock: Box<dyn File>,
     ) -> io::Result<Arc<Self>> {
         let data = shared.store.data().to_owned();
         let catalogue = shared.env.blocking(move || Catalogue::open(&data)).await?;
         let archived = Mutex::default();
-        let standing = Arc::new(Self { shared, catalogue, settings, pin, tasks, archived, _lock: lock });
+        let (keys, pin) = identity.map(|identity| (identity.keys.clone(), identity.pin.clone())).unzip();
+        let probe = Probe::new(&shared.env, shared.store.data());
+        let _lock = lock;
+        let standing = Arc::new(Self { shared, catalogue, settings, tokens, keys, probe, pin, tasks, archived, _lock });
         let (catalogue, store) = (standing.catalogue.clone(), standing.shared.store.clone());
         let running = standing.shared.env.blocking(move || reconcile(&catalogue, &store, &mut |_, _| {})).await?;
         for (id, declaration, reports) in running {
@@ -203,7 +237,7 @@ impl Standing {
             self.enter_aside(&build).await;
             tokio::select! {
                 biased; // the verdict is the last change
-                _ = build.verdict() => break,
+                verdict = build.verdict() => break self.tell_verdict(&build, &verdict),
                 () = build.arrival() => {}
             }
         }
@@ -219,6 +253,13 @@ impl Standing {
         self.archived.lock().unwrap_or_else(PoisonError::into_inner).remove(id);
         if self.shared.store.forget(id).await.is_err() {
             debug!(build = %id, "the store is too busy to forget it");
+        }
+    }
+
+    fn tell_verdict(&self, build: &Build, verdict: &Verdict) {
+        self.shared.store.meter().verdicts.add(kind(&verdict.outcome));
+        if let Some(lifecycle) = self.shared.lifecycle.get() {
+            lifecycle.handle_verdict(&build.id, &build.declaration.labels, &BuildEnd::from(verdict));
         }
     }
 
@@ -267,13 +308,12 @@ impl Standing {
 
     /// What a token allows.
     pub(crate) async fn access(&self, token: &str) -> io::Result<Option<Access>> {
-        let hash = hash_token(token);
-        let is = |known: &Option<Digest>| known.is_some_and(|known| bool::from(known.0.ct_eq(&hash.0)));
-        if is(&self.settings.admin) {
-            return Ok(Some(Access::Admin));
-        }
-        if is(&self.settings.read) {
-            return Ok(Some(Access::Read));
+        if let Some(known) = self.tokens.check(token, self.shared.env.nature.now()) {
+            return Ok(Some(match known.scope {
+                Scope::Admin => Access::Admin,
+                Scope::Launch => Access::Launch,
+                Scope::Read => Access::Read,
+            }));
         }
         Ok(self.by_token(token).await?.map(|build| Access::Build(build.id.clone())))
     }
@@ -288,6 +328,9 @@ impl Standing {
             return Err(ReportError::TooMany);
         }
         self.shared.store.report(&build.id, report.to_line()).await?;
+        if let Some(lifecycle) = self.shared.lifecycle.get() {
+            lifecycle.handle_report(&build.id, &build.declaration.labels, &Told::from(&report));
+        }
         build.note_reports([report]);
         self.enter_aside(build).await;
         Ok(())
@@ -367,15 +410,15 @@ pub(crate) fn lock(disk: &dyn Disk, data: &Path) -> io::Result<Option<Box<dyn Fi
 
 /// What the catalogue has of a build.
 pub(crate) fn entry(build: &Build) -> io::Result<Entry> {
-    let (mut labels, mut stored, mut sealed) = (BTreeMap::new(), 0, true);
+    let (mut labels, mut sealed) = (BTreeMap::new(), true);
     for (files, _) in build.attempts() {
         labels.extend(files.labels()?.1);
-        stored += files.size_on_disk()?;
         sealed &= files.is_sealed()?;
     }
     let verdict = build.known_verdict();
     let summary = Summary::of(build, labels, sealed && verdict.is_some())?;
     let ended = verdict.map(|verdict| verdict.ended);
+    let stored = if ended.is_some() { build.size_on_disk()? } else { 0 };
     Ok(Entry { summary, created: build.declaration.created, ended, token: build.declaration.token, stored })
 }
 

@@ -11,7 +11,7 @@ use std::{
 
 use phonehome_env::{Env, network::Transport};
 use phonehome_proto::id::{BuildId, StepName};
-use tokio::{net::TcpListener, time::timeout};
+use tokio::{net::TcpListener, sync::Notify, time::timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
@@ -48,12 +48,19 @@ pub enum StartError {
     /// There is no key.
     #[error(transparent)]
     Identity(#[from] IdentityError),
+    /// The lifecycle log cannot be opened.
+    #[error("cannot write the lifecycle log")]
+    Lifecycle(#[source] io::Error),
     /// The data directory cannot be used.
     #[error("cannot use {}", .0.display())]
     Store(PathBuf, #[source] io::Error),
     /// Another process serves from the data directory.
     #[error("another server uses {}: stop it first, or use another directory", .0.display())]
     Taken(PathBuf),
+    /// The tokens of people and tools cannot be used.
+    #[cfg(feature = "http")]
+    #[error(transparent)]
+    Tokens(#[from] crate::tokens::TokenError),
 }
 
 /// What every task of a server shares.
@@ -66,12 +73,19 @@ pub(crate) struct Shared {
     pub(crate) agents: std::sync::atomic::AtomicU64,
     pub(crate) shutdown: CancellationToken,
     pub(crate) strangers: Strangers,
+    /// Fires before `shutdown`: agents are told to look for another server, and requests are still answered.
+    pub(crate) draining: CancellationToken,
+    /// Told when an agent has left.
+    pub(crate) left: Notify,
+    #[cfg(feature = "http")]
+    pub(crate) lifecycle: std::sync::OnceLock<crate::lifecycle::Lifecycle>,
     refusals: Mutex<Option<Refusals>>,
 }
 
 impl Shared {
     /// Somebody who called was turned away.
-    pub(crate) fn note_refusal(&self, reason: &str) {
+    pub(crate) fn note_refusal(&self, kind: impl Into<String>, reason: &str) {
+        self.store.meter().refusals.add(kind.into());
         let mut refusals = self.refusals.lock().unwrap_or_else(PoisonError::into_inner);
         let count = refusals.take().map_or(0, |refusals| refusals.count) + 1;
         *refusals = Some(Refusals { count, last: reason.trim().to_owned() });
@@ -176,24 +190,34 @@ impl Server {
     pub(crate) async fn stand(
         config: Config,
         settings: crate::serve::Settings,
-        identity: Option<Identity>,
-    ) -> Result<(Self, Arc<crate::serve::Standing>), StartError> {
+        outfit: crate::serve::Outfit,
+    ) -> Result<crate::serve::Stood, StartError> {
+        use crate::{lifecycle::Lifecycle, tokens::Tokens};
         let store = |error| StartError::Store(config.data.clone(), error);
         let bind = |error| StartError::Bind(config.listen, error);
         let socket = TcpListener::bind(config.listen).await.map_err(bind)?;
         let env = Env::real();
         let lock = crate::serve::lock(&*env.disk, &config.data).map_err(store)?;
         let lock = lock.ok_or_else(|| StartError::Taken(config.data.clone()))?;
+        let identity = outfit.key.map(|key| Identity::open(&env, key, outfit.clients.as_ref())).transpose()?;
+        let (tokens, new_tokens) = Tokens::open(&env, &config.data, outfit.tokens)?;
         let stored = StoreSettings { durability: config.durability, min_free: settings.min_free };
-        let mut server = Self::open(env, &config, stored)?;
+        let mut server = Self::open(env.clone(), &config, stored)?;
         server.address = socket.local_addr().map_err(bind)?;
-        let (tls, pin) = identity.map_or((None, None), |identity| (Some(identity.config), Some(identity.pin)));
-        server.pin.clone_from(&pin);
-        let opened = crate::serve::Standing::open(server.shared.clone(), server.tasks.clone(), settings, pin, lock);
+        server.pin = identity.as_ref().map(|identity| identity.pin.clone());
+        server.shared.strangers.limit(outfit.strangers);
+        if let Some((destination, form)) = outfit.lifecycle {
+            let lifecycle = Lifecycle::open(&env, destination, form).map_err(StartError::Lifecycle)?;
+            server.shared.lifecycle.get_or_init(|| lifecycle);
+        }
+        let (shared, tasks) = (server.shared.clone(), server.tasks.clone());
+        let opened = crate::serve::Standing::open(shared, tasks, settings, tokens, identity.as_ref(), lock);
         let standing = opened.await.map_err(store)?;
         let router = crate::http::router(standing.clone());
+        let renewal = identity.as_ref().and_then(Identity::renewal);
+        let tls = identity.map(|identity| identity.config);
         server.listen(socket, tls, Front { standing: Some((standing.clone(), router)) });
-        Ok((server, standing))
+        Ok(crate::serve::Stood { server, standing, new_tokens, renewal })
     }
 
     /// A server that does not listen, on a machine of the caller's making: what reaches it comes through
@@ -211,12 +235,17 @@ impl Server {
         let tasks = Tasks::default();
         let store = Store::open(&env, &config.data, settings, &tasks)
             .map_err(|error| StartError::Store(config.data.clone(), error))?;
+        let shutdown = CancellationToken::new();
         let shared = Arc::new(Shared {
             builds: Builds::default(),
             store,
             env,
             agents: std::sync::atomic::AtomicU64::new(0),
-            shutdown: CancellationToken::new(),
+            draining: shutdown.child_token(),
+            shutdown,
+            left: Notify::new(),
+            #[cfg(feature = "http")]
+            lifecycle: std::sync::OnceLock::new(),
             strangers: Strangers::new(StrangerLimits::default()),
             refusals: Mutex::new(None),
         });
@@ -294,6 +323,20 @@ impl Server {
         let (watched, shutdown) = (build.clone(), self.shared.shutdown.clone());
         self.tasks.spawn(async move { watched.watch_clocks(&shutdown).await });
         Ok(ExpectedBuild { build, token: token.into() })
+    }
+
+    /// Tells every agent to look for another server, and turns new ones away; requests are answered still. Returns when
+    /// all agents have left.
+    #[cfg(feature = "http")]
+    pub(crate) async fn drain(&self) {
+        self.shared.draining.cancel();
+        loop {
+            let left = self.shared.left.notified();
+            if self.shared.agents.load(std::sync::atomic::Ordering::Relaxed) == 0 {
+                return;
+            }
+            left.await;
+        }
     }
 
     /// Waits, at most for `patience`, until every finished agent has seen that its log was accepted, then closes all

@@ -73,7 +73,7 @@ pub(crate) use self::{
     reader::{AttemptReader, Found},
 };
 use self::{steps::Steps, worker::Worker};
-use crate::tasks::Tasks;
+use crate::{meter::Meter, tasks::Tasks};
 
 /// What an acknowledgement promises.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -118,6 +118,7 @@ pub(crate) struct Store {
     nature: Arc<dyn Nature>,
     root: Arc<PathBuf>,
     durability: Durability,
+    meter: Arc<Meter>,
 }
 
 /// What is asked of the worker.
@@ -286,9 +287,10 @@ impl Store {
             }
         }
         let (jobs, queue) = mpsc::channel(QUEUE);
+        let meter = Arc::new(Meter::default());
         let mut steps = Steps::new(disk.clone(), root, durability);
         steps.keep_free(min_free);
-        Worker::start(env, queue, steps, tasks)?;
+        Worker::start(env, queue, steps, meter.clone(), tasks)?;
         Ok(Self {
             jobs,
             room: QueueRoom::new(),
@@ -296,6 +298,7 @@ impl Store {
             nature: env.nature.clone(),
             root: Arc::new(root.to_owned()),
             durability,
+            meter,
         })
     }
 
@@ -310,6 +313,11 @@ impl Store {
 
     pub(crate) fn disk(&self) -> &Arc<dyn Disk> {
         &self.disk
+    }
+
+    /// What this server counts.
+    pub(crate) fn meter(&self) -> &Arc<Meter> {
+        &self.meter
     }
 
     pub(crate) fn durability(&self) -> Durability {

@@ -54,6 +54,11 @@ impl Strangers {
         Stranger { number, gives_way, strangers: self.clone() }
     }
 
+    /// Sets other limits, for those who come from now on.
+    pub(crate) fn limit(&self, limits: StrangerLimits) {
+        self.lock().limits = limits;
+    }
+
     /// How many there are.
     pub(crate) fn count(&self) -> usize {
         self.lock().places.len()

@@ -103,7 +103,7 @@ pub(crate) struct NewToken {
 
 /// Why tokens cannot be used, or one not be made.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum TokenError {
+pub enum TokenError {
     /// The file is there, and it is not what was written.
     #[error("{} is damaged: {why}; restore it, or move it away to begin without any token", path.display())]
     Damaged {

@@ -10,6 +10,7 @@ use super::problem::Problem;
 use crate::{
     serve::{Access, Standing},
     strangers::Stranger,
+    tokens::{Action, Scope},
 };
 
 /// A caller whose token is known.
@@ -18,19 +19,12 @@ pub(crate) struct Caller(Access);
 impl Caller {
     /// Lets everybody pass who may read builds.
     pub(crate) fn may_read(&self) -> Result<(), Problem> {
-        match &self.0 {
-            Access::Admin | Access::Launch | Access::Read => Ok(()),
-            Access::Build(_) => Err(refused("a build's own token is for its agents and for reports on it")),
-        }
+        self.may(Action::Read)
     }
 
     /// Lets everybody pass who may start and stop builds.
     pub(crate) fn may_launch(&self) -> Result<(), Problem> {
-        match &self.0 {
-            Access::Admin | Access::Launch => Ok(()),
-            Access::Read => Err(refused("a read token only reads")),
-            Access::Build(_) => Err(refused("a build's own token is for its agents and for reports on it")),
-        }
+        self.may(Action::Launch)
     }
 
     /// Lets everybody pass who may tell about a build.
@@ -44,9 +38,20 @@ impl Caller {
 
     /// Lets those pass who may do everything.
     pub(crate) fn may_administer(&self) -> Result<(), Problem> {
-        match &self.0 {
-            Access::Admin => Ok(()),
-            Access::Launch | Access::Read | Access::Build(_) => Err(refused("this needs an admin token")),
+        self.may(Action::Administer)
+    }
+
+    fn may(&self, action: Action) -> Result<(), Problem> {
+        let scope = match &self.0 {
+            Access::Admin => Scope::Admin,
+            Access::Launch => Scope::Launch,
+            Access::Read => Scope::Read,
+            Access::Build(_) => return Err(refused("a build's own token is for its agents and for reports on it")),
+        };
+        match action {
+            _ if scope.allows(action) => Ok(()),
+            Action::Administer => Err(refused("this needs an admin token")),
+            Action::Launch | Action::Read => Err(refused("a read token only reads")),
         }
     }
 }

@@ -13,11 +13,11 @@ pub(crate) async fn alive() -> &'static str {
 }
 
 pub(crate) async fn ready(State(standing): State<Arc<Standing>>) -> Result<&'static str, Problem> {
-    if standing.shared.shutdown.is_cancelled() {
-        Err(Problem::unavailable("the server is draining"))
-    } else {
-        Ok("ok\n")
+    if standing.shared.draining.is_cancelled() {
+        return Err(Problem::unavailable("the server is draining"));
     }
+    standing.probe.check().await.map_err(Problem::unavailable)?;
+    Ok("ok\n")
 }
 
 pub(crate) async fn version() -> Json<Value> {

@@ -12,7 +12,10 @@ use std::{
 use phonehome_env::Env;
 use rustix::fs::OFlags;
 use rustls::pki_types::{PrivateKeyDer, pem::PemObject};
-use tokio::{signal::unix::Signal, time::sleep};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::{Instant, sleep},
+};
 use tracing::{error, info};
 use zeroize::Zeroizing;
 
@@ -88,13 +91,13 @@ impl Renewal {
         Self { certificates, key, keys, loaded: marks, seen: marks }
     }
 
-    /// Ends only from outside. `hangup` asks for a look at once.
-    pub(crate) async fn run(mut self, env: Env, mut hangup: Option<Signal>) {
-        let mut remind_at = tokio::time::Instant::now();
+    /// Ends only from outside. Whoever wants a look at once asks for it, and is answered after it.
+    pub(crate) async fn run(mut self, env: Env, mut asks: mpsc::Receiver<oneshot::Sender<()>>) {
+        let mut remind_at = Instant::now();
         loop {
             let asked = tokio::select! {
-                () = sleep(PERIOD) => false,
-                () = signalled(&mut hangup) => true,
+                () = sleep(PERIOD) => None,
+                Some(asked) = asks.recv() => Some(asked),
                 () = expiry(Some(remind_at)) => {
                     self.keys.current().warn(env.nature.now());
                     remind_at += REMINDER;
@@ -102,7 +105,12 @@ impl Renewal {
                 }
             };
             let look;
-            (self, look) = env.blocking(move || self.look(asked)).await;
+            (self, look) = env
+                .blocking({
+                    let is_asked = asked.is_some();
+                    move || self.look(is_asked)
+                })
+                .await;
             match look {
                 Look::Bad(why) => {
                     let why = with_causes(&why);
@@ -111,8 +119,11 @@ impl Renewal {
                 Look::Same => {}
                 Look::Swapped => {
                     info!(pin = self.keys.current().pin, "the certificate was replaced");
-                    remind_at = tokio::time::Instant::now();
+                    remind_at = Instant::now();
                 }
+            }
+            if let Some(asked) = asked {
+                asked.send(()).unwrap_or_default(); // who does not wait any more does not mind
             }
         }
     }
@@ -140,16 +151,6 @@ impl Renewal {
 fn mark(path: &Path) -> Mark {
     let found = fs::metadata(path).ok()?;
     Some((found.dev(), found.ino(), found.size(), found.mtime(), found.mtime_nsec()))
-}
-
-async fn signalled(signal: &mut Option<Signal>) {
-    let received = match signal {
-        Some(signal) => signal.recv().await,
-        None => None,
-    };
-    if received.is_none() {
-        std::future::pending().await
-    }
 }
 
 /// An error with its causes.

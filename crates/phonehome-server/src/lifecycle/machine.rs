@@ -29,7 +29,11 @@ use phonehome_proto::{
 };
 
 use super::line::{Action, Exit, Labels, Level, Line, Place, Repeated, State, level};
-use crate::stamp::Stamp;
+use crate::{
+    builds::{Clock, Outcome, Verdict},
+    report::Report,
+    stamp::Stamp,
+};
 
 /// Something that may be a change.
 #[derive(Debug, Clone, Copy)]
@@ -66,6 +70,36 @@ pub(crate) struct BuildEnd {
     pub(crate) exit_code: u8,
     /// Whether the command itself, or somebody who stopped it, is behind it, and not a failure around it.
     pub(crate) is_own: bool,
+}
+
+impl<'a> From<&'a Report> for Told<'a> {
+    fn from(report: &'a Report) -> Self {
+        Self {
+            is_warning: report.r#type == "Warning",
+            reason: &report.reason,
+            message: &report.message,
+            object: report.object.as_deref(),
+            namespace: report.namespace.as_deref(),
+            node: report.node.as_deref(),
+        }
+    }
+}
+
+impl From<&Verdict> for BuildEnd {
+    fn from(verdict: &Verdict) -> Self {
+        let (reason, is_own) = match &verdict.outcome {
+            Outcome::Cancelled { .. } => ("Cancelled", true),
+            Outcome::Error { .. } => ("Error", false),
+            Outcome::Failed { .. } => ("Failed", true),
+            Outcome::Lost { .. } => ("Lost", false),
+            Outcome::Succeeded => ("Succeeded", true),
+            Outcome::TimedOut { clock: Clock::NeverConnected } => ("NeverConnected", false),
+            Outcome::TimedOut { clock: Clock::Idle | Clock::Total } => ("TimedOut", false),
+        };
+        let incomplete = verdict.incomplete.as_ref().map(|why| format!("; the log is not complete: {why}"));
+        let info = format!("{}{}", verdict.outcome, incomplete.unwrap_or_default());
+        Self { reason, info, exit_code: verdict.exit_code(), is_own }
+    }
 }
 
 /// What was told of all builds that have no verdict.

@@ -105,25 +105,6 @@ impl AttemptFiles {
             .map_or_else(|_| Default::default(), |owner| (owner.agent, owner.labels)))
     }
 
-    /// Bytes that its logs have on the disk, compressed or not.
-    ///
-    /// # Errors
-    ///
-    /// When they cannot be looked at.
-    pub(crate) fn size_on_disk(&self) -> io::Result<u64> {
-        let mut size = 0;
-        for name in NAMES {
-            for name in [name.to_owned(), format!("{name}.zst")] {
-                match self.disk.open(&self.dir.join(name), Open::Read) {
-                    Ok(file) => size += file.len()?,
-                    Err(error) if is_missing(&error) => {}
-                    Err(error) => return Err(error),
-                }
-            }
-        }
-        Ok(size)
-    }
-
     /// Whether its logs are compressed.
     ///
     /// # Errors

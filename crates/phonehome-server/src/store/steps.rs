@@ -354,6 +354,11 @@ impl Steps {
         }
     }
 
+    /// Attempts that have something new.
+    pub(super) fn dirty(&self) -> usize {
+        self.dirty.len()
+    }
+
     /// Makes everything that was handed over durable and lets it be known. What has no room waits.
     pub(super) fn commit(&mut self) {
         self.admit_arrivals();

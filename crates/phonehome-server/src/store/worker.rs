@@ -6,34 +6,41 @@ use phonehome_env::{Env, Workers};
 use tokio::{
     runtime,
     sync::mpsc,
-    time::{sleep, timeout_at},
+    time::{Instant, sleep, timeout_at},
 };
 
 use super::{
     Job,
     steps::{NewFile, Steps},
 };
-use crate::tasks::Tasks;
+use crate::{meter::Meter, tasks::Tasks};
 
 /// Serves jobs until the last way to it is gone.
 pub(super) struct Worker {
     queue: mpsc::Receiver<Job>,
     steps: Steps,
+    meter: Arc<Meter>,
     /// How long a simulated disk takes for a round.
     delay: Option<Arc<dyn Fn() -> Duration + Send + Sync>>,
 }
 
 impl Worker {
     /// Starts where this machine's work is done that waits for a disk.
-    pub(super) fn start(env: &Env, queue: mpsc::Receiver<Job>, steps: Steps, tasks: &Tasks) -> io::Result<()> {
+    pub(super) fn start(
+        env: &Env,
+        queue: mpsc::Receiver<Job>,
+        steps: Steps,
+        meter: Arc<Meter>,
+        tasks: &Tasks,
+    ) -> io::Result<()> {
         match &env.workers {
             Workers::Threads => {
                 // A runtime of its own: the thread waits for jobs or a time, and nobody minds that it blocks.
                 let runtime = runtime::Builder::new_current_thread().enable_time().build()?;
-                let worker = Self { queue, steps, delay: None };
+                let worker = Self { queue, steps, meter, delay: None };
                 std::thread::Builder::new().name("store".into()).spawn(move || runtime.block_on(worker.run()))?;
             }
-            Workers::Tasks(delay) => tasks.spawn_aside(Self { queue, steps, delay: Some(delay.clone()) }.run()),
+            Workers::Tasks(delay) => tasks.spawn_aside(Self { queue, steps, meter, delay: Some(delay.clone()) }.run()),
         }
         Ok(())
     }
@@ -45,7 +52,10 @@ impl Worker {
             for job in mem::take(&mut round) {
                 self.take(job);
             }
+            let (attempts, began) = (self.steps.dirty(), Instant::now());
             self.steps.commit();
+            self.meter.attempts_synced.add(attempts as u64);
+            self.meter.commit_duration.observe(began.elapsed());
         }
     }
 

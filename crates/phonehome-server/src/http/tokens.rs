@@ -1,0 +1,116 @@
+//! Tokens of people and tools, for administrators.
+
+use std::{sync::Arc, time::Duration};
+
+use axum::extract::{Path, State};
+use http::StatusCode;
+use serde::{Deserialize, Serialize};
+
+use super::{
+    auth::Caller,
+    body::{Answer, Json},
+    problem::Problem,
+};
+use crate::{
+    serve::Standing,
+    tokens::{NewToken, Scope, TokenError, TokenInfo, Tokens},
+};
+
+/// A token that is asked for.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Wanted {
+    name: String,
+    scope: Scope,
+    /// Seconds, or a time such as `24h`.
+    expires_in: Option<Lifetime>,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Lifetime {
+    Seconds(u64),
+    Text(String),
+}
+
+/// All that may be known of tokens.
+#[derive(Serialize)]
+pub(crate) struct List {
+    tokens: Vec<TokenInfo>,
+}
+
+/// A new token, with its text: the only time that it is told.
+#[derive(Serialize)]
+pub(crate) struct Made {
+    token: String,
+    #[serde(flatten)]
+    info: TokenInfo,
+}
+
+/// `GET tokens`.
+pub(crate) async fn list(State(standing): State<Arc<Standing>>, caller: Caller) -> Result<Answer<List>, Problem> {
+    caller.may_administer()?;
+    Ok(Answer(StatusCode::OK, List { tokens: standing.tokens.list() }))
+}
+
+/// `POST tokens`.
+pub(crate) async fn create(
+    State(standing): State<Arc<Standing>>,
+    caller: Caller,
+    Json(wanted): Json<Wanted>,
+) -> Result<Answer<Made>, Problem> {
+    caller.may_administer()?;
+    let expires_in = wanted.expires_in.map(Lifetime::checked).transpose()?;
+    let made = aside(&standing, move |tokens| tokens.create(&wanted.name, wanted.scope, expires_in)).await?;
+    let NewToken { info, secret } = made;
+    Ok(Answer(StatusCode::CREATED, Made { token: secret.expose().to_owned(), info }))
+}
+
+/// `DELETE tokens/{id}`.
+pub(crate) async fn revoke(
+    State(standing): State<Arc<Standing>>,
+    caller: Caller,
+    Path(id): Path<String>,
+) -> Result<StatusCode, Problem> {
+    caller.may_administer()?;
+    aside(&standing, move |tokens| tokens.revoke(&id)).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Does what waits for the disk where that is done.
+async fn aside<T: Send + 'static>(
+    standing: &Arc<Standing>,
+    work: impl FnOnce(&Tokens) -> Result<T, TokenError> + Send + 'static,
+) -> Result<T, Problem> {
+    let worker = standing.clone();
+    Ok(standing.shared.env.blocking(move || work(&worker.tokens)).await?)
+}
+
+impl Lifetime {
+    fn checked(self) -> Result<Duration, Problem> {
+        let time = match self {
+            Self::Seconds(seconds) => Ok(Duration::from_secs(seconds)),
+            Self::Text(text) => humantime::parse_duration(&text).map_err(|error| error.to_string()),
+        };
+        let time = time.and_then(|time| match time {
+            Duration::ZERO => Err("a token that ends at once is good for nothing".to_owned()),
+            time => Ok(time),
+        });
+        time.map_err(|why| Problem::bad_request("the token cannot be made").at("expires_in", why))
+    }
+}
+
+impl From<TokenError> for Problem {
+    fn from(error: TokenError) -> Self {
+        match error {
+            TokenError::Unknown(_) => Self::not_found(error.to_string()),
+            TokenError::Given(_) => Self::conflict(error.to_string()),
+            TokenError::TooMany => Self::too_many(error.to_string()),
+            TokenError::Unfit(_) => Self::bad_request(error.to_string()),
+            TokenError::UnfitName => Self::bad_request("the token cannot be made").at("name", error.to_string()),
+            TokenError::Damaged { .. } | TokenError::Random(_) | TokenError::Storage(..) => {
+                Self::failed(&std::io::Error::other(error))
+            }
+        }
+    }
+}
