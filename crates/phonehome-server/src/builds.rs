@@ -1,5 +1,6 @@
 //! Which builds are known, who waits for them, and the log of each as one stream.
 
+pub(crate) mod cursor;
 mod ends;
 mod log;
 pub(crate) mod state;
@@ -27,7 +28,10 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
 use self::state::{Action, Life, Stored};
-pub(crate) use self::state::{BuildPhase, StepState};
+pub(crate) use self::{
+    log::{Order, Streams, View},
+    state::{BuildPhase, StepState},
+};
 pub use self::{
     log::{BuildLog, LogItem, LogRecord},
     state::{Clock, Clocks, Outcome, StepLog, Verdict},

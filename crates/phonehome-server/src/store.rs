@@ -70,7 +70,7 @@ use tokio::{
 
 pub(crate) use self::{
     attempt::{AttemptFiles, Progress},
-    reader::{AttemptReader, Found},
+    reader::{AttemptReader, Found, Next},
 };
 use self::{steps::Steps, worker::Worker};
 use crate::{meter::Meter, tasks::Tasks};

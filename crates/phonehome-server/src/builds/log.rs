@@ -3,13 +3,16 @@
 use std::{collections::VecDeque, io, sync::Arc};
 
 use phonehome_proto::{
-    frame::Record,
+    frame::{Record, Stream, UnixMicros},
     id::{Attempt, StepName},
 };
 use tokio::sync::watch;
 
-use super::Build;
-use crate::store::{AttemptFiles, AttemptReader, Found};
+use super::{
+    Build,
+    cursor::{Cursor, Place},
+};
+use crate::store::{AttemptFiles, AttemptReader, Found, Next};
 
 /// A record and the attempt it belongs to.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,6 +46,11 @@ pub enum LogItem {
 pub struct BuildLog {
     build: Arc<Build>,
     changed: watch::Receiver<u64>,
+    order: Order,
+    streams: Streams,
+    /// Where it began, and how far the steps have got that have no reader.
+    from: Cursor,
+    until: Option<Vec<Place>>,
     /// How many of the build's attempts were taken up.
     known: usize,
     steps: Vec<StepReader>,
@@ -51,12 +59,60 @@ pub struct BuildLog {
     turn: Turn,
 }
 
+/// What of a build's log is wanted, and how.
+#[derive(Debug, Clone)]
+pub(crate) struct View {
+    pub(crate) order: Order,
+    pub(crate) streams: Streams,
+    /// Where to begin.
+    pub(crate) from: Cursor,
+    /// Where to end: per step, in the order of declaration. Nothing is read of a step that is not in it. `None` is to
+    /// read whatever comes.
+    pub(crate) until: Option<Vec<Place>>,
+}
+
+/// How several steps become one log. Each step's order is always kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Order {
+    /// By the time of the records, among what is stored at the moment of reading.
+    Time,
+    /// A part of each in turn, so that none keeps the others from being read.
+    Turns,
+}
+
+/// Which streams are wanted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Streams {
+    /// Output and events.
+    All,
+    /// One.
+    Only(Stream),
+    /// What the command wrote.
+    Output,
+}
+
+impl Streams {
+    pub(crate) fn has(self, stream: Stream) -> bool {
+        match self {
+            Self::All => true,
+            Self::Only(wanted) => stream == wanted,
+            Self::Output => stream.is_output(),
+        }
+    }
+}
+
 /// Reads the attempts of one step, one after the other.
 #[derive(Debug)]
 struct StepReader {
     step: StepName,
+    /// Its number in the declaration.
+    index: Option<usize>,
     /// Never empty. All but the last can store nothing more.
-    attempts: VecDeque<AttemptReader>,
+    attempts: VecDeque<Arc<AttemptFiles>>,
+    /// Of the first one; closed while there is nothing to be expected of it.
+    reader: Option<AttemptReader>,
+    place: Place,
+    until: Place,
 }
 
 /// What is left of a step's turn: a step that writes much must not keep the others from being read.
@@ -69,8 +125,31 @@ struct Turn {
 impl BuildLog {
     /// A cursor at the beginning.
     pub(super) fn new(build: Arc<Build>) -> Self {
+        let from = Cursor::start(&build.id);
+        Self::view(build, View { order: Order::Turns, streams: Streams::All, from, until: None })
+    }
+
+    /// Goes on behind what a cursor of this build says was told.
+    #[cfg(test)]
+    pub(crate) fn resume(build: Arc<Build>, from: Cursor) -> Self {
+        Self::view(build, View { order: Order::Time, streams: Streams::All, from, until: None })
+    }
+
+    /// A part of the log.
+    pub(crate) fn view(build: Arc<Build>, View { order, streams, from, until }: View) -> Self {
         let changed = build.changed.subscribe();
-        Self { changed, build, known: 0, steps: Vec::new(), at: 0, turn: Turn::NEW }
+        Self { changed, build, order, streams, from, until, known: 0, steps: Vec::new(), at: 0, turn: Turn::NEW }
+    }
+
+    /// Behind what was returned so far.
+    pub(crate) fn position(&self) -> Cursor {
+        let mut position = self.from.clone();
+        for reader in &self.steps {
+            if let Some(index) = reader.index {
+                position.set_place(index, reader.place);
+            }
+        }
+        position
     }
 
     /// The next item: each step's in order, one attempt after the other, and the steps in turns. `None` when the build
@@ -98,12 +177,29 @@ impl BuildLog {
     ///
     /// When the store's files cannot be read.
     pub fn try_next(&mut self) -> io::Result<Option<LogItem>> {
-        self.open_new_attempts()?;
+        self.take_up_new_attempts();
+        match self.order {
+            Order::Time => self.next_by_time(),
+            Order::Turns => self.next_in_turn(),
+        }
+    }
+
+    /// When the next item was written, if there is one at this moment; 0 for one without a time.
+    ///
+    /// # Errors
+    ///
+    /// When the store's files cannot be read.
+    pub(crate) fn peek_time(&mut self) -> io::Result<Option<UnixMicros>> {
+        self.take_up_new_attempts();
+        Ok(self.earliest()?.map(|(time, _)| time))
+    }
+
+    fn next_in_turn(&mut self) -> io::Result<Option<LogItem>> {
         // Once around, and back to a step that has had its turn and may be the only one.
         for _ in 0..=self.steps.len() {
             let Some(step) = self.steps.get_mut(self.at) else { break };
             if !self.turn.is_over()
-                && let Some(item) = step.next()?
+                && let Some(item) = step.next(self.streams)?
             {
                 self.turn.take(&item);
                 return Ok(Some(item));
@@ -114,32 +210,143 @@ impl BuildLog {
         Ok(None)
     }
 
-    fn open_new_attempts(&mut self) -> io::Result<()> {
+    fn next_by_time(&mut self) -> io::Result<Option<LogItem>> {
+        let streams = self.streams;
+        let Some((_, step)) = self.earliest()? else { return Ok(None) };
+        step.next(streams)
+    }
+
+    /// The step whose next item is the oldest, and its time. A hole has none: it comes at once.
+    fn earliest(&mut self) -> io::Result<Option<(UnixMicros, &mut StepReader)>> {
+        let mut earliest: Option<(UnixMicros, &mut StepReader)> = None;
+        for step in &mut self.steps {
+            let time = match step.peek(self.streams)? {
+                Some(Next::Record { time, .. }) => time,
+                Some(Next::Lost { .. }) => 0,
+                None => continue,
+            };
+            if earliest.as_ref().is_none_or(|(known, _)| time < *known) {
+                earliest = Some((time, step));
+            }
+        }
+        Ok(earliest)
+    }
+
+    fn take_up_new_attempts(&mut self) {
         let inner = self.build.lock();
         for files in inner.attempts.iter().skip(self.known) {
-            let reader = AttemptReader::open(files.clone())?;
             match self.steps.iter_mut().find(|known| known.step == files.step) {
-                Some(known) => known.attempts.push_back(reader),
-                None => self.steps.push(StepReader { step: files.step.clone(), attempts: VecDeque::from([reader]) }),
+                Some(known) => known.add(files.clone()),
+                None => {
+                    let index = self.build.declaration.steps.iter().position(|step| *step == files.step);
+                    let place = index.map(|index| self.from.place(index)).unwrap_or_default();
+                    let until = until(self.until.as_deref(), index);
+                    self.steps.extend(StepReader::new(files.clone(), index, place, until));
+                }
             }
-            self.known += 1;
         }
-        Ok(())
+        self.known = inner.attempts.len();
     }
 }
 
+/// Where to end in a step.
+fn until(places: Option<&[Place]>, index: Option<usize>) -> Place {
+    let everything = Place { attempt: Attempt::MAX, next: u64::MAX };
+    places.map_or(everything, |places| index.and_then(|index| places.get(index)).copied().unwrap_or_default())
+}
+
 impl StepReader {
-    fn next(&mut self) -> io::Result<Option<LogItem>> {
-        while let Some(reader) = self.attempts.front_mut() {
-            if let Some(found) = reader.next()? {
-                return Ok(Some(item(&reader.files, found)));
+    /// Nothing when this attempt is one of those that were told.
+    fn new(files: Arc<AttemptFiles>, index: Option<usize>, place: Place, until: Place) -> Option<Self> {
+        let step = files.step.clone();
+        let attempts = VecDeque::new();
+        let mut reader = Self { step, index, attempts, reader: None, place, until };
+        reader.add(files);
+        (!reader.attempts.is_empty()).then_some(reader)
+    }
+
+    /// Takes up an attempt, in the order of their numbers. One that was passed already had nothing more to tell.
+    fn add(&mut self, files: Arc<AttemptFiles>) {
+        if files.attempt >= self.place.attempt {
+            let at = self.attempts.partition_point(|known| known.attempt < files.attempt);
+            self.attempts.insert(at, files);
+        }
+    }
+
+    fn next(&mut self, streams: Streams) -> io::Result<Option<LogItem>> {
+        if self.peek(streams)?.is_none() {
+            return Ok(None);
+        }
+        let Some(reader) = &mut self.reader else { return Ok(None) };
+        let found = reader.next()?;
+        self.place.next = reader.told();
+        Ok(found.map(|found| item(&reader.files, found)))
+    }
+
+    /// What comes next, after what is not wanted.
+    fn peek(&mut self, streams: Streams) -> io::Result<Option<Next>> {
+        while let Some(next) = self.look()? {
+            match next {
+                Next::Record { stream, .. } if !streams.has(stream) => self.skip()?,
+                Next::Record { .. } | Next::Lost { .. } => return Ok(Some(next)),
+            }
+        }
+        Ok(None)
+    }
+
+    fn skip(&mut self) -> io::Result<()> {
+        if let Some(reader) = &mut self.reader {
+            reader.skip()?;
+            self.place.next = reader.told();
+        }
+        Ok(())
+    }
+
+    /// What comes next before the end of what is wanted.
+    fn look(&mut self) -> io::Result<Option<Next>> {
+        while let Some(files) = self.attempts.front().filter(|files| files.attempt <= self.until.attempt).cloned() {
+            if self.has_more(&files) {
+                let Some(next) = self.open(&files)?.peek()? else { break };
+                let is_wanted = files.attempt < self.until.attempt || next.seq() < self.until.next;
+                return Ok(is_wanted.then_some(next));
             }
             if self.attempts.len() == 1 {
                 break;
             }
             self.attempts.pop_front(); // nothing was added to it since its successor was made
+            self.reader = None;
         }
         Ok(None)
+    }
+
+    /// Whether there is anything to be read of the first attempt. When it has ended and there is not, its files are
+    /// closed: a build may have many steps, and many readers.
+    fn has_more(&mut self, files: &AttemptFiles) -> bool {
+        let told = if self.place.attempt == files.attempt { self.place.next } else { 0 };
+        let progress = files.progress.borrow();
+        let has_more = told < progress.next;
+        if !has_more && progress.finished.is_some() {
+            self.reader = None;
+        }
+        has_more
+    }
+
+    /// The reader of the first attempt.
+    fn open(&mut self, files: &Arc<AttemptFiles>) -> io::Result<&mut AttemptReader> {
+        let reader = match self.reader.take() {
+            Some(reader) => reader,
+            None => {
+                if self.place.attempt != files.attempt {
+                    self.place = Place { attempt: files.attempt, next: 0 };
+                }
+                let mut reader = AttemptReader::open(files.clone())?;
+                if self.place.next > 0 {
+                    reader.seek(self.place.next)?;
+                }
+                reader
+            }
+        };
+        Ok(self.reader.insert(reader))
     }
 }
 

@@ -34,8 +34,8 @@ impl Entry {
         }
     }
 
-    /// The number after the last record it is about.
-    pub(super) fn end(self) -> u64 {
+    /// The number behind the last record it is about.
+    pub(crate) fn end(self) -> u64 {
         match self {
             Self::Record { seq, .. } => seq.saturating_add(1),
             Self::Hole { to, .. } => to,
