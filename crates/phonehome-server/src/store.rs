@@ -36,6 +36,7 @@ mod index;
 mod log;
 mod quarantine;
 mod quota;
+mod raw;
 mod reader;
 mod recency;
 mod recover;
@@ -70,6 +71,7 @@ use tokio::{
 
 pub(crate) use self::{
     attempt::{AttemptFiles, Progress},
+    raw::{BLOCK, Slice, Spot, Start, Tail},
     reader::{AttemptReader, Found, Next},
 };
 use self::{steps::Steps, worker::Worker};
