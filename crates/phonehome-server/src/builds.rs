@@ -28,13 +28,13 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
 use self::state::{Action, Life, Stored};
-pub(crate) use self::{
-    log::{Order, Streams, View},
-    state::{BuildPhase, StepState},
-};
 pub use self::{
     log::{BuildLog, LogItem, LogRecord},
     state::{Clock, Clocks, Outcome, StepLog, Verdict},
+};
+pub(crate) use self::{
+    log::{Order, Streams, View},
+    state::{BuildPhase, StepState},
 };
 use crate::{
     declaration::Declaration,
@@ -585,6 +585,11 @@ impl Build {
     /// The verdict, if there is one.
     pub(crate) fn known_verdict(&self) -> Option<Verdict> {
         self.verdict.borrow().clone()
+    }
+
+    /// Fires whenever anything about the build has changed.
+    pub(crate) fn changes(&self) -> watch::Receiver<u64> {
+        self.changed.subscribe()
     }
 
     /// Bytes of everything in its directory.

@@ -69,6 +69,8 @@ mod meter;
 mod ready;
 mod report;
 mod retention;
+#[cfg(test)]
+mod scene;
 #[cfg(feature = "http")]
 mod secret;
 #[cfg(feature = "http")]

@@ -1,5 +1,7 @@
 //! From a TCP connection to a websocket: TLS, HTTP, and every reason to say no.
 
+mod impatient;
+
 use std::{
     convert::Infallible,
     io,
@@ -36,6 +38,7 @@ use tokio_tungstenite::{
 };
 use tracing::{Instrument, debug, info_span, warn};
 
+use self::impatient::Impatient;
 use crate::{builds::Build, connection::Connection, server::Shared, strangers::Stranger, tasks::Tasks};
 
 type Body = http_body_util::combinators::UnsyncBoxBody<bytes::Bytes, Box<dyn std::error::Error + Send + Sync>>;
@@ -167,7 +170,7 @@ impl Visitor {
             .header_read_timeout(HANDSHAKE_TIMEOUT)
             .max_buf_size(MAX_HEAD)
             .max_headers(MAX_HEADERS)
-            .serve_connection(TokioIo::new(stream), service)
+            .serve_connection(TokioIo::new(Impatient::new(stream)), service)
             .with_upgrades();
         let overdue = async {
             sleep_until(deadline).await;

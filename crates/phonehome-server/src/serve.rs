@@ -23,6 +23,7 @@ use crate::{
     builds::{Build, Clocks, Verdict, hash_token},
     catalogue::{Catalogue, Entry},
     declaration::Declaration,
+    http::readers::Readers,
     identity::{ClientAuth, Identity, KeySource, Keys, Renewal},
     keeper::{Care, Keeper},
     lifecycle::{BuildEnd, Destination, LabelForm, Told},
@@ -93,6 +94,7 @@ pub(crate) struct Standing {
     /// The pin of this server's key.
     pub(crate) pin: Option<String>,
     tasks: Tasks,
+    pub(crate) readers: Readers,
     /// Ended builds that somebody reads.
     archived: Mutex<BTreeMap<BuildId, Weak<Build>>>,
     /// Keeps other processes out of the data directory.
@@ -161,7 +163,9 @@ impl Standing {
         let (keys, pin) = identity.map(|identity| (identity.keys.clone(), identity.pin.clone())).unzip();
         let probe = Probe::new(&shared.env, shared.store.data());
         let _lock = lock;
-        let standing = Arc::new(Self { shared, catalogue, settings, tokens, keys, probe, pin, tasks, archived, _lock });
+        let readers = Readers::default();
+        let standing =
+            Arc::new(Self { shared, catalogue, settings, tokens, keys, probe, pin, tasks, readers, archived, _lock });
         let (catalogue, store) = (standing.catalogue.clone(), standing.shared.store.clone());
         let running = standing.shared.env.blocking(move || reconcile(&catalogue, &store, &mut |_, _| {})).await?;
         for (id, declaration, reports) in running {

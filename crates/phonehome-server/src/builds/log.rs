@@ -374,3 +374,175 @@ fn item(files: &AttemptFiles, found: Found) -> LogItem {
         Found::Lost(records) => LogItem::Lost { step, attempt, records },
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::scene::{Agent, Scene};
+
+    /// What may happen while somebody reads.
+    #[derive(Debug, Clone)]
+    enum Act {
+        /// The newest agent of a step writes a record.
+        Write { step: usize, time: u8 },
+        /// A new agent of a step comes.
+        Replace { step: usize },
+        /// What it sent behind this many records is taken back, and sent again.
+        Resend { step: usize, kept: usize },
+        /// The reader reads so many items.
+        Read(usize),
+        /// The reader goes, and another comes with its cursor, as text.
+        Resume,
+    }
+
+    fn act() -> impl Strategy<Value = Act> {
+        prop_oneof![
+            4 => (0..2_usize, 0..9_u8).prop_map(|(step, time)| Act::Write { step, time }),
+            1 => (0..2_usize).prop_map(|step| Act::Replace { step }),
+            1 => (0..2_usize, 0..9_usize).prop_map(|(step, kept)| Act::Resend { step, kept }),
+            3 => (0..5_usize).prop_map(Act::Read),
+            2 => Just(Act::Resume),
+        ]
+    }
+
+    const STEPS: [&str; 2] = ["a", "b"];
+
+    /// A step's agents and what they wrote.
+    #[derive(Default)]
+    struct Actor {
+        agent: Option<Agent>,
+        producer: u8,
+        /// Time and text of each record of the newest.
+        written: Vec<(u64, String)>,
+        /// Everything, over all attempts.
+        all: Vec<String>,
+    }
+
+    impl Actor {
+        async fn replace(&mut self, scene: &Scene, step: usize) {
+            self.producer += 1;
+            self.agent = Some(scene.agent(step as u8 * 100 + self.producer, STEPS[step]).await);
+            self.written.clear();
+        }
+
+        async fn send(&mut self, scene: &Scene, from: usize) {
+            let Some(agent) = &mut self.agent else { return };
+            for (time, text) in &self.written[from..] {
+                scene.write(agent, &[(*time, Stream::Stdout, text.as_bytes())]).await;
+            }
+        }
+    }
+
+    async fn play(acts: &[Act], order: Order) {
+        let scene = Scene::new(&STEPS);
+        let mut actors: [Actor; 2] = Default::default();
+        let view = |from| View { order, streams: Streams::All, from, until: None };
+        let mut log = BuildLog::view(scene.build.clone(), view(Cursor::start(&scene.build.id)));
+        let mut told: BTreeMap<String, Vec<String>> = BTreeMap::new();
+        let mut note = |item: LogItem| {
+            let LogItem::Record(LogRecord { step, record, .. }) = item else { panic!("nothing is lost") };
+            let text = String::from_utf8(record.payload.to_vec()).unwrap();
+            told.entry(step.to_string()).or_default().push(text);
+        };
+        for act in acts {
+            match *act {
+                Act::Write { step, time } => {
+                    let actor = &mut actors[step];
+                    if actor.agent.is_none() {
+                        actor.replace(&scene, step).await;
+                    }
+                    let text = format!("{step}/{}/{}", actor.producer, actor.written.len());
+                    actor.written.push((time.into(), text.clone()));
+                    actor.all.push(text);
+                    actor.send(&scene, actor.written.len() - 1).await;
+                }
+                Act::Replace { step } => actors[step].replace(&scene, step).await,
+                Act::Resend { step, kept } => {
+                    let actor = &mut actors[step];
+                    let kept = kept.min(actor.written.len());
+                    if let Some(agent) = &mut actor.agent {
+                        scene.take_back(agent, kept).await;
+                    }
+                    (0..2).for_each(|_| {
+                        if let Some(item) = log.try_next().unwrap() {
+                            note(item)
+                        }
+                    });
+                    let position = log.position().to_string();
+                    log = BuildLog::view(scene.build.clone(), view(position.parse().unwrap()));
+                    actor.send(&scene, kept).await;
+                }
+                Act::Read(count) => {
+                    (0..count).for_each(|_| {
+                        if let Some(item) = log.try_next().unwrap() {
+                            note(item)
+                        }
+                    });
+                }
+                Act::Resume => {
+                    let position = Cursor::parse(&log.position().to_string(), &scene.build.id).unwrap();
+                    log = BuildLog::view(scene.build.clone(), view(position));
+                }
+            }
+        }
+        while let Some(item) = log.try_next().unwrap() {
+            note(item);
+        }
+        for (step, actor) in STEPS.iter().zip(&actors) {
+            assert_eq!(told.remove(*step).unwrap_or_default(), actor.all, "step {step}");
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(300))]
+
+        #[test]
+        fn however_often_a_reader_stops_and_goes_on_it_reads_each_step_once_and_in_order(
+            acts in prop::collection::vec(act(), 0..40),
+            by_time: bool,
+        ) {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();
+            runtime.block_on(play(&acts, if by_time { Order::Time } else { Order::Turns }));
+        }
+    }
+
+    #[tokio::test]
+    async fn history_is_merged_by_time_and_each_step_keeps_its_order() {
+        let scene = Scene::new(&STEPS);
+        let (mut a, mut b) = (scene.agent(1, "a").await, scene.agent(2, "b").await);
+        scene.write(&mut a, &[(1, Stream::Stdout, b"1"), (5, Stream::Stdout, b"5"), (4, Stream::Stdout, b"4")]).await;
+        scene.write(&mut b, &[(2, Stream::Stdout, b"2"), (3, Stream::Stderr, b"3"), (9, Stream::Stdout, b"9")]).await;
+        let log = BuildLog::resume(scene.build.clone(), Cursor::start(&scene.build.id));
+        assert_eq!(texts(log), ["1", "2", "3", "5", "4", "9"]);
+    }
+
+    #[tokio::test]
+    async fn a_part_of_a_log_ends_where_it_was_to_end() {
+        let scene = Scene::new(&STEPS);
+        let (mut a, mut b) = (scene.agent(1, "a").await, scene.agent(2, "b").await);
+        let records: [(_, _, &[u8]); 3] =
+            [(1, Stream::Stdout, b"out"), (2, Stream::Stderr, b"err"), (3, Stream::Event, b"{}")];
+        scene.write(&mut a, &records).await;
+        scene.write(&mut b, &records).await;
+        let from = Cursor::start(&scene.build.id);
+        let view = |streams, until| View { order: Order::Time, streams, from: from.clone(), until };
+        let read = |view| texts(BuildLog::view(scene.build.clone(), view));
+        let place = |next| Place { attempt: 1, next };
+        assert_eq!(read(view(Streams::All, Some(vec![place(1)]))), ["out"], "nothing of the other step");
+        assert_eq!(read(view(Streams::Only(Stream::Stderr), None)), ["err", "err"]);
+        assert_eq!(read(view(Streams::Output, Some(vec![place(9), place(1)]))), ["out", "out", "err"]);
+    }
+
+    fn texts(mut log: BuildLog) -> Vec<String> {
+        let items = std::iter::from_fn(|| log.try_next().unwrap());
+        let text = |item| match item {
+            LogItem::Record(found) => String::from_utf8(found.record.payload.to_vec()).unwrap(),
+            LogItem::Lost { .. } => panic!("nothing is lost"),
+        };
+        items.map(text).collect()
+    }
+}

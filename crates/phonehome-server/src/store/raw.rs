@@ -586,7 +586,7 @@ mod tests {
                 }
             }
             let (records, tally) = (agent.records.clone(), agent.tally.clone());
-            log.append(&[Batch { records: records.clone(), tally: Box::new(tally.clone()) }]).unwrap();
+            log.append(&[Batch { records: records.clone(), tally: tally.clone() }]).unwrap();
             log.sync().unwrap();
             let path = dir.path().to_owned();
             let files = AttemptFiles::new(Arc::new(RealDisk), "b".parse().unwrap(), StepName::default(), 1, path);
@@ -595,7 +595,7 @@ mod tests {
             let (entries, next) = (records.len() as u64, agent.tally.next());
             files.progress.send_modify(|progress| {
                 (progress.entries, progress.next, progress.finished) = (entries, next, finished);
-                progress.tally = Arc::new(known);
+                progress.tally = known;
             });
             Self { files, records, _dir: dir }
         }

@@ -1,0 +1,56 @@
+//! How many may read logs at once.
+
+use std::sync::Arc;
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+/// Places for readers of logs.
+#[derive(Debug, Clone)]
+pub(crate) struct Readers {
+    places: Arc<Semaphore>,
+    /// For those who read from the disk at this moment.
+    turns: Arc<Semaphore>,
+}
+
+/// Readers at once. Each has up to three open files per step that still runs, and less than a megabyte.
+const MAX_READERS: usize = 1000;
+
+/// Readers that use the disk at once: they leave threads to everybody else who needs one for the disk.
+const MAX_TURNS: usize = 32;
+
+impl Default for Readers {
+    fn default() -> Self {
+        Self { places: Arc::new(Semaphore::new(MAX_READERS)), turns: Arc::new(Semaphore::new(MAX_TURNS)) }
+    }
+}
+
+impl Readers {
+    #[cfg(test)]
+    pub(crate) fn with_places(count: usize) -> Self {
+        Self { places: Arc::new(Semaphore::new(count)), ..Self::default() }
+    }
+
+    /// A place, if there is one.
+    pub(crate) fn place(&self) -> Option<OwnedSemaphorePermit> {
+        self.places.clone().try_acquire_owned().ok()
+    }
+
+    /// Waits until it may read from the disk.
+    pub(crate) async fn turn(&self) -> Option<OwnedSemaphorePermit> {
+        self.turns.clone().acquire_owned().await.ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn places_are_limited_and_given_back() {
+        let readers = Readers::with_places(2);
+        let places = [readers.place(), readers.place()];
+        assert!(places.iter().all(Option::is_some) && readers.place().is_none());
+        drop(places);
+        assert!(readers.place().is_some());
+    }
+}
