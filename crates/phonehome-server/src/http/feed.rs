@@ -199,8 +199,8 @@ impl Teller {
     }
 
     fn tell_item(&mut self, mut item: LogItem, out: &mut Vec<u8>) {
-        if !self.starts.is_empty() {
-            self.cut(&mut item);
+        if !self.starts.is_empty() && self.cut(&mut item) {
+            return;
         }
         if let Form::Text(lines) = &mut self.form {
             return match item {
@@ -217,15 +217,15 @@ impl Teller {
         }
     }
 
-    /// Takes away what comes before the place where reading was to begin.
-    fn cut(&mut self, item: &mut LogItem) {
-        let LogItem::Record(LogRecord { step, attempt, record }) = item else { return };
-        let Some(start) = self.starts.remove(&(step.clone(), *attempt)) else { return };
-        if record.seq == start.seq {
-            let skip = start.skip.min(record.payload.len());
-            record.payload = record.payload.slice(skip..);
-            record.offset += skip as u64;
-        }
+    /// Takes away what comes before the place where reading was to begin. Says whether that is all of the item.
+    fn cut(&mut self, item: &mut LogItem) -> bool {
+        let LogItem::Record(LogRecord { step, attempt, record }) = item else { return false };
+        let start = self.starts.remove(&(step.clone(), *attempt));
+        let Some(start) = start.filter(|start| start.seq == record.seq && start.skip > 0) else { return false };
+        let skip = start.skip.min(record.payload.len());
+        record.payload = record.payload.slice(skip..);
+        record.offset += skip as u64;
+        record.payload.is_empty()
     }
 
     fn end(&mut self, verdict: Option<&Verdict>, out: &mut Vec<u8>) {
