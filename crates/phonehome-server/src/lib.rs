@@ -65,6 +65,7 @@ mod lifecycle;
 mod listener;
 #[cfg_attr(not(feature = "http"), allow(dead_code, reason = "only a standing server tells it"))]
 mod meter;
+mod object;
 #[cfg(feature = "http")]
 mod ready;
 mod report;

@@ -9,6 +9,8 @@ use std::collections::BTreeMap;
 use phonehome_proto::{frame::UnixMicros, limits::MAX_TEXT, text::shortened};
 use serde::{Deserialize, Serialize};
 
+use crate::object::{object, optional_object};
+
 /// One thing told. A line of `reports`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Report {
@@ -85,8 +87,10 @@ pub(crate) struct Told {
     last_timestamp: Option<String>,
     event_time: Option<String>,
     reporting_component: Option<String>,
+    #[serde(deserialize_with = "optional_object")]
     involved_object: Option<Involved>,
     /// The name in events.k8s.io/v1.
+    #[serde(deserialize_with = "optional_object")]
     regarding: Option<Involved>,
 }
 
@@ -94,7 +98,13 @@ pub(crate) struct Told {
 #[serde(untagged)]
 enum Source {
     Name(String),
-    Kubernetes { component: Option<String>, host: Option<String> },
+    Kubernetes(#[serde(deserialize_with = "object")] KubernetesSource),
+}
+
+#[derive(Debug, Clone, Deserialize)]
+struct KubernetesSource {
+    component: Option<String>,
+    host: Option<String>,
 }
 
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -137,7 +147,7 @@ impl Told {
         });
         let (source, node) = match self.source {
             Some(Source::Name(name)) => (Some(name), None),
-            Some(Source::Kubernetes { component, host }) => (component, host),
+            Some(Source::Kubernetes(KubernetesSource { component, host })) => (component, host),
             None => (None, None),
         };
         Ok(Report {

@@ -33,6 +33,9 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Json<T> {
             return Err(Problem::unsupported("send Content-Type: application/json"));
         }
         let text: &[u8] = if body.is_empty() { b"{}" } else { &body };
+        if text.trim_ascii_start().first() != Some(&b'{') {
+            return Err(Problem::bad_request("the body is not a JSON object"));
+        }
         if !text.trim_ascii_start().starts_with(b"{") {
             return Err(Problem::bad_request("the body must be a JSON object")); // a list would fill the members in order
         }

@@ -27,6 +27,7 @@ use super::{
 use crate::{
     builds::{Build, Clocks, StepState},
     catalogue::Filter,
+    object::object,
     report::Report,
     serve::{Declare, Standing, entry},
     server::TOKEN_PREFIX,
@@ -41,6 +42,7 @@ pub(crate) struct NewBuild {
     id: Option<BuildId>,
     steps: Option<Vec<StepName>>,
     labels: BTreeMap<String, String>,
+    #[serde(deserialize_with = "object")]
     timeouts: Timeouts,
     /// The secret of its agents, for who wants to be able to send the same declaration twice.
     token: Option<String>,
