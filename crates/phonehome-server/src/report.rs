@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 
 use phonehome_proto::{frame::UnixMicros, limits::MAX_TEXT, text::shortened};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, de::Error};
 
 use crate::object::{object, optional_object};
 
@@ -82,6 +82,7 @@ pub(crate) struct Told {
     note: Option<String>,
     object: Option<String>,
     source: Option<Source>,
+    #[serde(deserialize_with = "whole")]
     count: Option<u64>,
     first_timestamp: Option<String>,
     last_timestamp: Option<String>,
@@ -92,6 +93,16 @@ pub(crate) struct Told {
     /// The name in events.k8s.io/v1.
     #[serde(deserialize_with = "optional_object")]
     regarding: Option<Involved>,
+}
+
+/// A count; `3.0` is one in JSON.
+fn whole<'de, D: Deserializer<'de>>(input: D) -> Result<Option<u64>, D::Error> {
+    const MOST: f64 = 9_007_199_254_740_991.0; // the last that every JSON library tells from its neighbours
+    let count = Option::<f64>::deserialize(input)?;
+    match count {
+        Some(count) if !(0.0..=MOST).contains(&count) || count.fract() != 0.0 => Err(D::Error::custom("not a count")),
+        Some(_) | None => Ok(count.map(|count| count as u64)),
+    }
 }
 
 #[derive(Debug, Clone, Deserialize)]
@@ -136,7 +147,7 @@ impl Told {
     /// What is kept of it, received at `time`. Texts are cut to what a frame may hold.
     pub(crate) fn into_report(self, time: UnixMicros) -> Result<Report, Empty> {
         let given = |text: Option<String>| text.map(fitted).filter(|text| !text.is_empty());
-        let (reason, message) = (given(self.reason), given(self.message.or(self.note)));
+        let (reason, message) = (given(self.reason), given(self.message).or_else(|| given(self.note)));
         if reason.is_none() && message.is_none() {
             return Err(Empty);
         }

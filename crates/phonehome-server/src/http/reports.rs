@@ -7,7 +7,10 @@ use http::StatusCode;
 use phonehome_proto::id::BuildId;
 
 use super::{auth::Caller, body::Json, params::Named, problem::Problem};
-use crate::{report::Told, serve::Standing};
+use crate::{
+    report::{Report, Told},
+    serve::Standing,
+};
 
 /// `POST builds/{id}/events`.
 pub(crate) async fn report(
@@ -17,7 +20,8 @@ pub(crate) async fn report(
     Json(told): Json<Told>,
 ) -> Result<StatusCode, Problem> {
     caller.may_report(&id)?;
-    take(&standing, &id, told).await
+    let report = report_of(&standing, told)?;
+    take(&standing, &id, report).await
 }
 
 /// `POST events`: the object of the event says which build it belongs to. One that belongs to none is not kept.
@@ -27,17 +31,22 @@ pub(crate) async fn report_of_any(
     Json(told): Json<Told>,
 ) -> Result<StatusCode, Problem> {
     caller.may_launch()?;
-    let Some(id) = told.build().and_then(|id| id.parse::<BuildId>().ok()) else { return Ok(StatusCode::NO_CONTENT) };
+    let id = told.build().and_then(|id| id.parse::<BuildId>().ok());
+    let report = report_of(&standing, told)?;
+    let Some(id) = id else { return Ok(StatusCode::NO_CONTENT) };
     match standing.find(&id).await? {
-        Some(_) => take(&standing, &id, told).await,
+        Some(_) => take(&standing, &id, report).await,
         None => Ok(StatusCode::NO_CONTENT),
     }
 }
 
-async fn take(standing: &Standing, id: &BuildId, told: Told) -> Result<StatusCode, Problem> {
-    let build = standing.known(id).await?;
+fn report_of(standing: &Standing, told: Told) -> Result<Report, Problem> {
     let report = told.into_report(standing.shared.env.nature.now());
-    let report = report.map_err(|error| Problem::bad_request(error.to_string()))?;
+    report.map_err(|error| Problem::bad_request(error.to_string()))
+}
+
+async fn take(standing: &Standing, id: &BuildId, report: Report) -> Result<StatusCode, Problem> {
+    let build = standing.known(id).await?;
     standing.report(&build, report).await?;
     Ok(StatusCode::ACCEPTED)
 }
