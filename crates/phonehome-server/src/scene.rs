@@ -26,6 +26,8 @@ pub(crate) struct Scene {
     pub(crate) build: Arc<Build>,
     pub(crate) env: Env,
     pub(crate) store: Store,
+    /// Of the server.
+    pub(crate) shutdown: CancellationToken,
     tasks: Tasks,
     _dir: tempfile::TempDir,
 }
@@ -50,7 +52,7 @@ impl Scene {
         let build = Arc::new(Build::new("b".parse().unwrap(), declaration, Duration::ZERO, store.clone()));
         let (tasks, watched) = (Tasks::default(), build.clone());
         tasks.spawn(async move { watched.watch_clocks(&CancellationToken::new()).await });
-        Self { build, env, store, tasks, _dir: dir }
+        Self { build, env, store, shutdown: CancellationToken::new(), tasks, _dir: dir }
     }
 
     /// An agent of a step; another producer than before is its next attempt.

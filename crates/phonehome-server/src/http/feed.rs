@@ -245,3 +245,6 @@ impl Teller {
         position
     }
 }
+
+#[cfg(test)]
+mod tests;
