@@ -3,7 +3,7 @@
 //! Only small files and the ends of the index are looked at, however long the logs are. What is in them is checked when
 //! it is read, record by record; [`verify`](super::verify) checks all of it.
 
-use std::{collections::BTreeMap, io, path::Path, sync::Arc};
+use std::{io, path::Path, sync::Arc};
 
 use phonehome_env::disk::{Disk, File, Open};
 use phonehome_proto::{
@@ -13,7 +13,7 @@ use phonehome_proto::{
 };
 
 use super::{
-    attempt::{AttemptFiles, End, Owner, Progress, is_missing, read_optional},
+    attempt::{AttemptFiles, End, Progress, is_missing, read_optional},
     index::{ENTRY, Entry},
     log::stored_len,
     quarantine,
@@ -39,20 +39,10 @@ pub(crate) struct ArchivedAttempt {
     /// For an [`AttemptReader`](super::AttemptReader). Of its progress only `next`, `entries`, `bytes` (with the newlines
     /// of the events) and `finished` are known; the tally is empty.
     pub(crate) files: Arc<AttemptFiles>,
-    /// Who told its story.
-    pub(crate) owner: ArchivedOwner,
     /// How it ended and what was answered; `None` also when that can no longer be understood.
     pub(crate) finished: Option<(Finished, FinishedAck)>,
     /// There is an end that cannot be understood.
     pub(crate) is_end_damaged: bool,
-}
-
-/// What an agent said about itself.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct ArchivedOwner {
-    /// Name and version; empty when nobody knows any more.
-    pub(crate) agent: String,
-    pub(crate) labels: BTreeMap<String, String>,
 }
 
 /// Takes up a build that has ended; `None` when there is no such build.
@@ -146,17 +136,10 @@ fn is_attempt(disk: &dyn Disk, dir: &Path) -> io::Result<bool> {
 }
 
 fn load_attempt(disk: &dyn Disk, files: Arc<AttemptFiles>) -> io::Result<ArchivedAttempt> {
-    let owner = read_optional(disk, &files.dir.join("attempt.json"))?;
-    let owner = owner.and_then(|text| serde_json::from_slice(&text).ok()).unwrap_or_else(Owner::nobody);
     let end = End::read(disk, &files.dir)?;
     let finished = end.known().map(|ended| (ended.finished.clone(), ended.answer.clone()));
     files.progress.send_replace(progress(&files, finished.clone())?);
-    Ok(ArchivedAttempt {
-        files,
-        owner: ArchivedOwner { agent: owner.agent, labels: owner.labels },
-        finished,
-        is_end_damaged: matches!(end, End::Damaged),
-    })
+    Ok(ArchivedAttempt { files, finished, is_end_damaged: matches!(end, End::Damaged) })
 }
 
 /// How far an attempt has got, as its files' lengths tell.
@@ -243,7 +226,7 @@ mod tests {
             progress.iter().map(|progress| (progress.next, progress.entries, progress.bytes)).collect();
         assert_eq!(reached, [(1, 1, 7), (4, 2, 6), (2, 2, 7)]);
         let main = &found.attempts[2];
-        assert_eq!((main.owner.agent.as_str(), &main.finished), ("test", &progress[2].finished));
+        assert_eq!((main.files.labels().unwrap().0.as_str(), &main.finished), ("test", &progress[2].finished));
         assert!(main.finished.as_ref().is_some_and(|(_, answer)| *answer == FinishedAck::Complete));
         assert!(!main.is_end_damaged && found.attempts[0].finished.is_none());
     }
@@ -307,7 +290,7 @@ mod tests {
         }
         let found = scene.load().unwrap().attempts.remove(0);
         assert_eq!(
-            (found.owner.agent.as_str(), found.is_end_damaged, texts(&found.files)),
+            (found.files.labels().unwrap().0.as_str(), found.is_end_damaged, texts(&found.files)),
             ("", true, vec!["kept".to_owned()])
         );
     }

@@ -19,7 +19,6 @@ use tokio::sync::watch;
 
 use super::{
     index::{ENTRY, Entry},
-    log::NAMES,
     quota::Quota,
     seal::{is_sealed, sealed_path},
     sealed::SealedFile,
