@@ -358,14 +358,17 @@ impl Disk for Mount {
     }
 
     fn volume(&self, dir: &Path) -> io::Result<Option<Box<dyn Volume>>> {
-        self.disk.lock().entry(dir)?;
-        Ok(Some(Box::new(SimVolume { mount: self.clone() })))
+        let state = self.disk.lock();
+        state.entry(dir)?;
+        let worth = if state.chance.is(50) { 0 } else { 16 };
+        Ok(Some(Box::new(SimVolume { mount: self.clone(), worth })))
     }
 }
 
 #[derive(Debug)]
 struct SimVolume {
     mount: Mount,
+    worth: usize,
 }
 
 impl Volume for SimVolume {
@@ -382,6 +385,10 @@ impl Volume for SimVolume {
         }
         *durable = names.clone();
         Ok(())
+    }
+
+    fn worth(&self) -> usize {
+        self.worth
     }
 }
 

@@ -64,7 +64,7 @@ pub(crate) struct Front {
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Read buffer of an agent's socket, bytes: large enough that a block takes few system calls.
-const READ_BUFFER: usize = 64 * 1024;
+const READ_BUFFER: usize = 4 * 1024;
 
 /// Pause after the system refused a connection, out of descriptors say.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);

@@ -145,6 +145,9 @@ impl Disk for FaultyDisk {
     }
 }
 
+/// Files that are synced one by one.
+pub(super) const WORTH: usize = 16;
+
 #[derive(Debug)]
 struct FaultyVolume {
     dir: PathBuf,
@@ -154,6 +157,10 @@ struct FaultyVolume {
 impl Volume for FaultyVolume {
     fn sync(&self) -> io::Result<()> {
         self.disk.check("syncfs", &self.dir)
+    }
+
+    fn worth(&self) -> usize {
+        WORTH
     }
 }
 

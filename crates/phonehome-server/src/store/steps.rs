@@ -241,7 +241,7 @@ impl Steps {
         let attempts = arrivals
             .iter()
             .map(|(key, arrival)| (self.dir(key).join(arrival.lease.attempt.to_string()), Owner::from(&arrival.hello)));
-        if self.volume.is_none() || arrivals.len() <= CREATE_EACH {
+        if !self.is_worth_it(arrivals.len() * CREATE_SYNCS) {
             let create =
                 |(dir, owner): (PathBuf, _)| AttemptLog::create(self.disk.clone(), &dir, &owner, self.durability);
             return attempts.map(create).collect();
@@ -424,13 +424,22 @@ impl Steps {
     /// Makes what was written durable: few files one by one, many at once with the file system they are on.
     fn sync(&mut self, keys: &[&Key]) {
         let files: usize = keys.iter().filter_map(|key| self.with(key, |current, _| current.unsynced())).sum();
-        let is_whole = self.volume.is_some() && files > SYNC_EACH;
+        let is_whole = self.is_worth_it(files);
         if is_whole && self.sync_volume().is_err() {
             return; // all that was written to has failed by it
         }
         for key in keys {
             self.with(key, |current, _| if is_whole { current.note_synced() } else { current.sync() });
         }
+    }
+
+    /// Whether so many syncs cost more than one of the whole file system.
+    ///
+    /// A journal that all attempts share would cost a quarter of that for 1,000 attempts. Nobody would notice: both are
+    /// far below the second an acknowledgement may take. And it would write every byte twice, and bring checkpoints, a
+    /// replay and a file in which damage hits every build.
+    fn is_worth_it(&self, syncs: usize) -> bool {
+        self.volume.as_ref().is_some_and(|volume| syncs > volume.worth())
     }
 
     /// Makes everything durable; after an error no file is trusted that was written to.
@@ -497,18 +506,8 @@ impl Steps {
 /// process stays below 20,000 descriptors.
 const OPEN: usize = 1536;
 
-/// Attempts that are made one by one, with five syncs each; more are made with two for all of them.
-const CREATE_EACH: usize = 4;
-
-/// Files of a round that are synced one by one; more are synced with all else on their file system. syncfs(2) is the
-/// faster from the fourth attempt on, of 64 by a factor of 20 to 40, of 1,000 by more than 60 (`cargo bench -p
-/// phonehome-tests --bench commit`). But it waits for what other programs have written as well, which a few builds on
-/// a busy machine should not.
-///
-/// A journal that all attempts share would cost a quarter of a syncfs for 1,000 attempts. Nobody would notice: both are
-/// far below the second an acknowledgement may take. It would write every byte twice, and bring checkpoints, a replay and
-/// one more file in which damage hits every build.
-const SYNC_EACH: usize = 16;
+/// What making one attempt by itself syncs: its owner's file, its directory and the three above.
+const CREATE_SYNCS: usize = 5;
 
 impl Step {
     /// Takes up what an earlier process left.
@@ -583,7 +582,7 @@ mod tests {
     use super::*;
     use crate::store::{
         AttemptReader, Found,
-        faulty::{Agent, FaultyDisk, tempdir},
+        faulty::{Agent, FaultyDisk, WORTH, tempdir},
     };
 
     #[test]
@@ -909,23 +908,23 @@ mod tests {
     #[test]
     fn many_are_synced_at_once_and_few_one_by_one() {
         let mut scene = Scene::new();
-        let mut crowd = scene.crowd(SYNC_EACH);
+        let mut crowd = scene.crowd(WORTH);
         scene.disk.seen();
         crowd.iter_mut().for_each(|(agent, writer)| scene.append(writer, agent, "line"));
         scene.steps.commit();
         let syncs: Vec<_> = scene.disk.seen().into_iter().filter(|seen| seen.starts_with("sync")).collect();
         assert_eq!(syncs, ["syncfs builds"]);
         assert!(crowd.iter().all(|(_, writer)| scene.told(writer) == (1, false, false)));
-        crowd.iter_mut().take(SYNC_EACH / 2).for_each(|(agent, writer)| scene.append(writer, agent, "line"));
+        crowd.iter_mut().take(WORTH / 2).for_each(|(agent, writer)| scene.append(writer, agent, "line"));
         scene.steps.commit();
         let syncs: Vec<_> = scene.disk.seen().into_iter().filter(|seen| seen.starts_with("sync")).collect();
-        assert!(syncs.len() == SYNC_EACH && !syncs.contains(&"syncfs builds".to_owned()), "{syncs:?}");
+        assert!(syncs.len() == WORTH && !syncs.contains(&"syncfs builds".to_owned()), "{syncs:?}");
     }
 
     #[test]
     fn after_a_failed_sync_of_all_every_file_that_was_written_to_is_replaced_by_what_was_durable() {
         let mut scene = Scene::new();
-        let mut crowd = scene.crowd(SYNC_EACH);
+        let mut crowd = scene.crowd(WORTH);
         crowd.iter_mut().for_each(|(agent, writer)| scene.append(writer, agent, "one "));
         scene.steps.commit();
         scene.disk.fail_always("syncfs builds", io::ErrorKind::Other);
@@ -942,7 +941,7 @@ mod tests {
             scene.steps.append(&again.writer, vec![two], agent.tally.clone());
         }
         let seen = scene.disk.seen();
-        assert_eq!(seen.iter().filter(|seen| *seen == "rename log").count(), SYNC_EACH - 1);
+        assert_eq!(seen.iter().filter(|seen| *seen == "rename log").count(), WORTH - 1);
         assert!(!seen.contains(&"sync events".to_owned()) || !seen.contains(&"rename events".to_owned()), "{seen:?}");
         scene.steps.commit();
         assert!(crowd[1..].iter().all(|(_, writer)| scene.read(writer) == "one two"));
