@@ -145,8 +145,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     }
 
     /// Runs until either side has had enough.
+    ///
+    /// A server has ten thousand of these futures, most of which wait. So what a connection does with a message is in a
+    /// box that is gone when it waits again.
     pub(crate) async fn run(mut self) {
-        let hangup = match self.hello().await {
+        let hangup = match Box::pin(self.hello()).await {
             Ok(hello) => self.serve(hello).await,
             Err(hangup) => hangup,
         };
@@ -159,7 +162,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             self.shared.note_refusal(kind, &reason);
         }
         if let Some(code) = hangup.close_code() {
-            drop(timeout(CLOSE_TIMEOUT, self.close(code, reason)).await); // a peer that does not answer is left alone
+            drop(timeout(CLOSE_TIMEOUT, Box::pin(self.close(code, reason))).await); // a peer that does not answer is left alone
         }
     }
 
@@ -184,7 +187,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         let step = hello.step.clone();
         #[cfg(feature = "http")]
         let labels = hello.labels.clone();
-        let seat = match self.build.seat(hello).await {
+        let seat = match Box::pin(self.build.seat(hello)).await {
             Ok(seat) => seat,
             Err(refusal) => return refusal.into(),
         };
@@ -223,7 +226,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
 
     async fn talk(&mut self, session: &mut Session) -> Result<(), Hangup> {
         let welcome = self.welcome(session);
-        self.send(ServerFrame::Welcome(welcome)).await?;
+        Box::pin(self.send(ServerFrame::Welcome(welcome))).await?;
         let superseded = session.seat.superseded.clone();
         let shutdown = self.shared.draining.clone();
         loop {
@@ -232,28 +235,29 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
                 () = superseded.cancelled() => return Err(Hangup::Superseded),
                 () = shutdown.cancelled() => {
                     // An agent that is not done will find another server, or this one's successor.
-                    self.send(ServerFrame::Drain(Drain { within: CLOSE_TIMEOUT.as_millis() as u64 })).await?;
+                    let drain = Drain { within: CLOSE_TIMEOUT.as_millis() as u64 };
+                    Box::pin(self.send(ServerFrame::Drain(drain))).await?;
                     return Err(Hangup::ShuttingDown);
                 }
                 changed = session.seat.cancel.changed() => if changed.is_ok() {
                     let cancel = session.seat.cancel.borrow_and_update().clone();
                     if let Some(cancel) = cancel {
-                        self.send(ServerFrame::Cancel(cancel)).await?;
+                        Box::pin(self.send(ServerFrame::Cancel(cancel))).await?;
                     }
                 },
                 changed = session.seat.opened.progress.changed() => {
                     changed.map_err(|_| Hangup::Storage)?;
-                    self.handle_progress(session).await?;
+                    Box::pin(self.handle_progress(session)).await?;
                 }
                 message = self.socket.next() => {
                     session.heartbeat.heard(Instant::now().into_std());
                     if let Some(frame) = self.decode(message)? {
-                        self.handle_frame(frame, session).await?;
+                        Box::pin(self.handle_frame(frame, session)).await?;
                     }
                 }
-                () = expiry(session.ack_at) => self.acknowledge(session).await?,
+                () = expiry(session.ack_at) => Box::pin(self.acknowledge(session)).await?,
                 () = expiry(session.full_at) => self.handle_full(true, session),
-                () = sleep_until(session.heartbeat.poll_timeout().into()) => self.handle_beat(session).await?,
+                () = sleep_until(session.heartbeat.poll_timeout().into()) => Box::pin(self.handle_beat(session)).await?,
             }
         }
     }
@@ -458,7 +462,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             debug!("cannot say goodbye: {error}");
         }
         while let Some(Ok(_)) = self.socket.next().await {}
-        let mut rest = [0; 4096];
+        let mut rest = vec![0; 4096];
         while let Ok(1..) = tokio::io::AsyncReadExt::read(self.socket.get_mut(), &mut rest).await {}
     }
 }

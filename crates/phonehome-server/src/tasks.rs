@@ -11,18 +11,23 @@ pub(crate) struct Tasks {
 
 impl Tasks {
     pub(crate) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
-        let stop = self.stop.clone();
-        self.tracker.spawn(async move {
-            stop.run_until_cancelled(task).await;
-        });
+        self.tracker.spawn(self.until_stopped(task));
     }
 
     /// Starts a task that nobody waits for: it ends when it has nothing more to do, or with all others.
     pub(crate) fn spawn_aside(&self, task: impl Future<Output = ()> + Send + 'static) {
-        let stop = self.stop.clone();
-        drop(tokio::spawn(async move {
+        drop(tokio::spawn(self.until_stopped(task)));
+    }
+
+    fn until_stopped(
+        &self,
+        task: impl Future<Output = ()> + Send + 'static,
+    ) -> impl Future<Output = ()> + Send + 'static {
+        // In a box: a future that is handed to another has its place in both, and there are ten thousand of them.
+        let (stop, task) = (self.stop.clone(), Box::pin(task));
+        async move {
             stop.run_until_cancelled(task).await;
-        }));
+        }
     }
 
     /// Waits until every task has ended.
