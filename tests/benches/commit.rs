@@ -14,8 +14,10 @@ use std::{
     io::{self, Write},
     os::unix::fs::FileExt,
     path::Path,
-    time::{Duration, Instant},
+    time::Duration,
 };
+
+use tokio::time::Instant;
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 

@@ -116,6 +116,27 @@ async fn an_agent_that_calls_before_its_build_is_expected_comes_back() {
     assert_eq!(agent.ended().await, 3);
 }
 
+/// It takes the time that the rate allows, and nothing else changes.
+#[tokio::test]
+async fn a_build_above_its_rate_is_slowed_and_complete() {
+    let scene = Scene::new();
+    let listen = "127.0.0.1:0".parse().unwrap();
+    let config = Config { listen, tls: false, data: scene.path("data"), durability: Durability::Os };
+    let server = Server::spawn(config).await.unwrap();
+    let (token, rate) = (Some("secret".to_owned()), Some(256 * 1024));
+    let build = server.expect(Expected { token, rate, ..Expected::new("fast".parse().unwrap()) }).unwrap();
+    let url = server.url("127.0.0.1", server.local_addr().port());
+    let mut agent = scene.command(crate::harness::agent());
+    agent.args(["--tee", "off", "--spool-memory", "256KiB", "--url", &url, "--build", "fast"]);
+    agent.env("PHONEHOME_TOKEN", "secret");
+    let start = tokio::time::Instant::now();
+    let mut agent = Process::spawn(agent.args(["--", "sh", "-c", "head -c 1500000 /dev/zero; exit 3"]));
+    let verdict = patiently("a verdict", build.verdict()).await;
+    assert_eq!((verdict.exit_code(), verdict.incomplete, verdict.steps[0].bytes), (3, None, 1_500_000));
+    assert!(start.elapsed() > std::time::Duration::from_secs(1), "{:?}", start.elapsed());
+    assert_eq!(agent.ended().await, 3);
+}
+
 /// An agent that was away for a while is not lost.
 #[tokio::test]
 async fn an_agent_that_comes_back_in_time_goes_on() {

@@ -422,7 +422,7 @@ impl World {
         let clocks =
             Clocks { connect: Some(LOST), idle: None, lost: Some(LOST), total: None, grace: Duration::from_secs(5) };
         let steps = vec!["main".parse().unwrap()];
-        let expected = Expected { id: BUILD.parse().unwrap(), steps, clocks, token: Some(TOKEN.into()) };
+        let expected = Expected { id: BUILD.parse().unwrap(), steps, clocks, token: Some(TOKEN.into()), rate: None };
         let started = Server::deaf(env, &config).map_err(|error| format!("{error:?}")).and_then(|server| {
             let build = server.expect(expected).map_err(|error| format!("{error:?}"))?;
             Ok((server, build))

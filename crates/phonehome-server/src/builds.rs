@@ -3,6 +3,7 @@
 pub(crate) mod cursor;
 mod ends;
 mod log;
+mod pace;
 pub(crate) mod state;
 
 use std::{
@@ -27,7 +28,6 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
-use self::state::{Action, Life, Stored};
 pub use self::{
     log::{BuildLog, LogItem, LogRecord},
     state::{Clock, Clocks, Outcome, StepLog, Verdict},
@@ -35,6 +35,10 @@ pub use self::{
 pub(crate) use self::{
     log::{Order, Streams, View},
     state::{BuildPhase, StepState},
+};
+use self::{
+    pace::Pace,
+    state::{Action, Life, Stored},
 };
 use crate::{
     declaration::Declaration,
@@ -115,6 +119,8 @@ pub(crate) struct Build {
     pub(crate) declaration: Declaration,
     store: Store,
     inner: Mutex<Inner>,
+    /// How fast it may go, if that is limited.
+    pace: Option<Mutex<Pace>>,
     /// Counts changes of the log; readers wait on it.
     changed: watch::Sender<u64>,
     /// The verdict, once it is written down.
@@ -223,6 +229,7 @@ impl Build {
             declaration,
             store,
             inner: Mutex::new(Inner::new(life)),
+            pace: None,
             changed: watch::Sender::new(0),
             verdict: watch::Sender::new(None),
             cancel: watch::Sender::new(None),
@@ -249,6 +256,32 @@ impl Build {
         build.taken_up.send_replace(true);
         build.verdict.send_replace(Some(verdict));
         build
+    }
+
+    /// Limits it to so many bytes per second, over all of its steps.
+    pub(crate) fn with_rate(self, rate: Option<u64>) -> Self {
+        Self { pace: rate.map(|rate| Mutex::new(Pace::new(rate, Instant::now()))), ..self }
+    }
+
+    fn pace(&self) -> Option<MutexGuard<'_, Pace>> {
+        self.pace.as_ref().map(|pace| pace.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Until when an acknowledgement has to wait, if it has to.
+    pub(crate) fn acknowledges_at(&self, now: Instant) -> Option<Instant> {
+        self.pace().map(|pace| pace.ready_at()).filter(|at| *at > now)
+    }
+
+    /// So many bytes are about to be acknowledged.
+    pub(crate) fn note_acknowledged(&self, bytes: u64, now: Instant) {
+        if let Some(mut pace) = self.pace() {
+            pace.spend(bytes, now);
+        }
+    }
+
+    /// The most that its agents should have under way, bytes.
+    pub(crate) fn window(&self) -> u64 {
+        self.pace().map_or(u64::MAX, |pace| pace.window())
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {

@@ -277,10 +277,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         }
     }
 
-    /// An even share of the budget.
+    /// An even share of the budget, and not more than the build may use.
     fn window(&self) -> u64 {
         let agents = self.shared.agents.load(Ordering::Relaxed).max(1);
-        (WINDOW_BUDGET / agents).clamp(MIN_WINDOW, MAX_WINDOW)
+        (WINDOW_BUDGET / agents).min(self.build.window()).clamp(MIN_WINDOW, MAX_WINDOW)
     }
 
     async fn handle_frame(&mut self, frame: AgentFrame, session: &mut Session) -> Result<(), Hangup> {
@@ -397,10 +397,16 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     }
 
     async fn acknowledge(&mut self, session: &mut Session) -> Result<(), Hangup> {
+        let now = Instant::now();
+        session.ack_at = self.build.acknowledges_at(now);
+        if session.ack_at.is_some() {
+            return Ok(()); // it goes faster than it may
+        }
         let Opened { receiver, progress, .. } = &mut session.seat.opened;
         receiver.handle_durable(&progress.borrow().tally);
+        let before = receiver.acked().bytes();
         let next = receiver.acknowledge();
-        session.ack_at = None;
+        self.build.note_acknowledged(receiver.acked().bytes().saturating_sub(before), now);
         self.note_acknowledged(session, next);
         let window = self.window();
         self.send(ServerFrame::Ack(Ack { next, window })).await

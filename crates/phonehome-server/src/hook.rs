@@ -91,8 +91,13 @@ pub(crate) async fn run(
     let durability = if config.data.is_some() { Durability::Fsync } else { Durability::Os };
     let server = Server::spawn(Config { listen: config.listen, tls: config.tls, data, durability }).await?;
     let clocks = config.clocks.clone();
-    let build =
-        server.expect(Expected { id: config.build.clone(), steps: config.steps.clone(), clocks, token: None })?;
+    let build = server.expect(Expected {
+        id: config.build.clone(),
+        steps: config.steps.clone(),
+        clocks,
+        token: None,
+        rate: None,
+    })?;
     let url = address::advertised(config.advertise.as_deref(), &server)?;
     let variables = variables(&url, &build, &server);
     let _env_file = config.env_file.as_deref().map(|path| EnvFile::create(path, &variables)).transpose()?;

@@ -44,6 +44,7 @@
 #![cfg_attr(not(feature = "http"), allow(dead_code, reason = "parts of a build and of the store serve the API only"))]
 
 mod builds;
+mod burst;
 #[cfg(feature = "http")]
 mod catalogue;
 #[cfg(feature = "cli")]

@@ -39,7 +39,7 @@ use tokio_tungstenite::{
 use tracing::{Instrument, debug, info_span, warn};
 
 use self::impatient::Impatient;
-use crate::{builds::Build, connection::Connection, server::Shared, strangers::Stranger, tasks::Tasks};
+use crate::{builds::Build, burst::Burst, connection::Connection, server::Shared, strangers::Stranger, tasks::Tasks};
 
 type Body = http_body_util::combinators::UnsyncBoxBody<bytes::Bytes, Box<dyn std::error::Error + Send + Sync>>;
 
@@ -63,9 +63,9 @@ pub(crate) struct Front {
 /// each further request on the connection.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Read buffer of an agent's socket, bytes. Each of ten thousand silent agents has one, and a line or an answer to a
-/// heartbeat fits in; a block takes more reads, which cost less than what else is done with it.
-const READ_BUFFER: usize = 2 * 1024;
+/// Read buffer of an agent's socket, bytes. Each of ten thousand silent agents has one: a line or a sign of life fits in,
+/// and [`Burst`] sees to it that a block takes few system calls all the same.
+const READ_BUFFER: usize = 1024;
 
 /// Pause after the system refused a connection, out of descriptors say.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -341,7 +341,7 @@ fn text(status: StatusCode, text: &'static str) -> Response<Body> {
 async fn welcome(upgraded: OnUpgrade, codec: Codec, build: Arc<Build>, shared: Arc<Shared>) {
     match timeout(HANDSHAKE_TIMEOUT, upgraded).await {
         Ok(Ok(upgraded)) => {
-            let stream = TokioIo::new(upgraded);
+            let stream = Burst::new(TokioIo::new(upgraded));
             let socket =
                 WebSocketStream::from_raw_socket(stream, Role::Server, Some(websocket::config(READ_BUFFER))).await;
             Connection::new(socket, codec, build, shared).run().await;

@@ -48,6 +48,8 @@ pub(crate) struct Settings {
     pub(crate) tls: bool,
     /// Builds that may run at once.
     pub(crate) max_builds: usize,
+    /// Bytes per second that a build may send; `None` is no limit.
+    pub(crate) build_rate: Option<u64>,
     /// Bytes that a build may store; `None` is no limit.
     pub(crate) build_quota: Option<u64>,
     /// Bytes of the file system that stay free of output.
@@ -181,6 +183,7 @@ impl Standing {
         let age = self.shared.env.nature.now().saturating_sub(declaration.created);
         info!(build = %id, "taken up again");
         let build = Build::new(id, declaration, Duration::from_micros(age), self.shared.store.clone());
+        let build = build.with_rate(self.settings.build_rate);
         build.note_reports(reports);
         let build = Arc::new(build);
         if self.shared.builds.insert(build.clone()) {
@@ -218,7 +221,8 @@ impl Standing {
             return Err(DeclareError::Known(id)); // somebody else was quicker
         }
         self.limit(&id).await?;
-        let build = Arc::new(Build::new(id.clone(), declaration, Duration::ZERO, self.shared.store.clone()));
+        let build = Build::new(id.clone(), declaration, Duration::ZERO, self.shared.store.clone());
+        let build = Arc::new(build.with_rate(self.settings.build_rate));
         if !self.shared.builds.insert(build.clone()) {
             return Err(DeclareError::Known(id));
         }

@@ -121,13 +121,16 @@ pub struct Expected {
     pub clocks: Clocks,
     /// The secret its agents need, to go on with a build after a restart; `None` draws one.
     pub token: Option<String>,
+    /// Bytes per second that are taken from it in the long run: beyond, its agents wait, and its commands with them.
+    /// `None` is no limit.
+    pub rate: Option<u64>,
 }
 
 impl Expected {
     /// A build with the one step `main` and the default clocks.
     #[must_use]
     pub fn new(id: BuildId) -> Self {
-        Self { id, steps: vec![StepName::default()], clocks: Clocks::default(), token: None }
+        Self { id, steps: vec![StepName::default()], clocks: Clocks::default(), token: None, rate: None }
     }
 }
 
@@ -312,11 +315,12 @@ impl Server {
         if self.shared.store.has_verdict(expected.id.as_str()) {
             return Err(ExpectError::Ended(expected.id));
         }
-        let Expected { id, steps, clocks, token } = expected;
+        let Expected { id, steps, clocks, token, rate } = expected;
         let token = token.map_or_else(|| draw_token(&self.shared.env), Ok).map_err(ExpectError::Random)?;
         let (created, hash) = (self.shared.env.nature.now(), hash_token(&token));
         let declaration = Declaration { created, steps, labels: BTreeMap::new(), timeouts: clocks, token: hash };
-        let build = Arc::new(Build::new(id.clone(), declaration, Duration::ZERO, self.shared.store.clone()));
+        let build = Build::new(id.clone(), declaration, Duration::ZERO, self.shared.store.clone()).with_rate(rate);
+        let build = Arc::new(build);
         if !self.shared.builds.insert(build.clone()) {
             return Err(ExpectError::Known(id));
         }

@@ -121,6 +121,10 @@ pub(super) struct ServeArgs {
     #[arg(long, value_name = "SIZE", default_value = "10GiB", env = "PHONEHOME_BUILD_QUOTA", help_heading = "Limits")]
     build_quota: Quota,
 
+    /// Bytes per second that a build may send; one that sends more is slowed down; off for no limit
+    #[arg(long, value_name = "SIZE", default_value = "off", env = "PHONEHOME_BUILD_RATE", help_heading = "Limits")]
+    build_rate: Quota,
+
     /// Space on the disk that stays free of output: with less, agents wait, while ends and verdicts still fit
     #[arg(long, value_name = "SIZE", default_value = "256MiB", env = "PHONEHOME_MIN_FREE", help_heading = "Limits")]
     min_free: ByteSize,
@@ -524,6 +528,7 @@ fn settings(args: &ServeArgs, tls: bool) -> Settings {
         advertise: args.advertise.clone(),
         tls,
         max_builds: args.max_builds,
+        build_rate: args.build_rate.0.map(|size| size.as_u64()),
         build_quota: args.build_quota.0.map(|size| size.as_u64()),
         min_free: args.min_free.as_u64(),
         care: Care {

@@ -246,7 +246,8 @@ impl Agent {
 
     fn acknowledge(&mut self, next: u64) {
         let now = Instant::now();
-        while let Some((due, record)) = self.held.pop_front_if(|(_, record)| record.seq < next) {
+        let known = self.held.iter().take_while(|(_, record)| record.seq < next).count();
+        for (due, record) in self.held.drain(..known) {
             match self.kind {
                 Kind::Bomb => drop(self.shared.bombed.fetch_add(record.payload.len() as u64, Ordering::Relaxed)),
                 Kind::Quiet { .. } => self.shared.latency.note(now.duration_since(due)),
