@@ -41,7 +41,15 @@
 //!
 //! `examples/receive_hook.rs` is a whole pre-receive hook.
 
-#![cfg_attr(not(feature = "http"), allow(dead_code, reason = "parts of a build and of the store serve the API only"))]
+#![cfg_attr(
+    not(feature = "http"),
+    allow(
+        dead_code,
+        unused_imports,
+        clippy::unused_async,
+        reason = "parts of a build and of the store serve the API only"
+    )
+)]
 
 mod builds;
 mod burst;
