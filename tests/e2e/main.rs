@@ -19,6 +19,7 @@ mod isolation;
 mod json_client;
 mod labels;
 mod lifecycle;
+mod operations;
 mod redaction;
 mod refusals;
 mod restart;
