@@ -103,7 +103,7 @@ mod tests {
     fn operations(route: &str) -> Vec<String> {
         let (path, rest) = route.split_once('"').unwrap();
         let (handlers, _) = rest.split_once('\n').unwrap();
-        let prefix = if path.ends_with("z") { "" } else { "/api/v1" };
+        let prefix = if ["/healthz", "/metrics", "/readyz"].contains(&path) { "" } else { "/api/v1" };
         let methods = METHODS.iter().filter(|method| handlers.contains(&format!("{method}(")));
         methods.map(|method| format!("{method} {prefix}{path}")).collect()
     }

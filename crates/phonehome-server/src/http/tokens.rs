@@ -29,7 +29,7 @@ pub(crate) struct Wanted {
 #[derive(Deserialize)]
 #[serde(untagged)]
 enum Lifetime {
-    Seconds(u64),
+    Seconds(f64),
     Text(String),
 }
 
@@ -86,15 +86,19 @@ async fn aside<T: Send + 'static>(
     Ok(standing.shared.env.blocking(move || work(&worker.tokens)).await?)
 }
 
+/// What a token may be good for. Who wants more says nothing.
+const SHORTEST: Duration = Duration::from_secs(1);
+const LONGEST: Duration = Duration::from_secs(3_155_760_000);
+
 impl Lifetime {
     fn checked(self) -> Result<Duration, Problem> {
         let time = match self {
-            Self::Seconds(seconds) => Ok(Duration::from_secs(seconds)),
+            Self::Seconds(seconds) => Duration::try_from_secs_f64(seconds).map_err(|error| error.to_string()),
             Self::Text(text) => humantime::parse_duration(&text).map_err(|error| error.to_string()),
         };
         let time = time.and_then(|time| match time {
-            Duration::ZERO => Err("a token that ends at once is good for nothing".to_owned()),
-            time => Ok(time),
+            time if (SHORTEST..=LONGEST).contains(&time) => Ok(time),
+            _ => Err("a token is good for a second to a hundred years".to_owned()),
         });
         time.map_err(|why| Problem::bad_request("the token cannot be made").at("expires_in", why))
     }
