@@ -28,7 +28,7 @@ pub(crate) use self::{
     random::Random,
     scene::{Gate, Scene},
     site::{Life, Lines, Site},
-    standing::{ADMIN, Answer, READER, Standing, exchange},
+    standing::{ADMIN, READER, Standing, exchange},
 };
 
 /// How long anything may take that must happen. Generous: only a failing test waits this long.

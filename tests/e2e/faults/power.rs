@@ -22,7 +22,6 @@ async fn a_server_whose_disk_forgets_what_was_not_synced_has_acknowledged_none_o
     let mut random = Random::new(long_or(1, u64::from(std::process::id())));
     let mut lives = Vec::new();
     for round in 0..long_or(10, 100) {
-        fs::write(mount.join("unsynced"), "forgotten").unwrap();
         let before = site.stored(1);
         let collector = site.started().await;
         if round % 3 != 0 {
@@ -30,6 +29,7 @@ async fn a_server_whose_disk_forgets_what_was_not_synced_has_acknowledged_none_o
         }
         sleep(Duration::from_millis(random.within(0..300))).await; // any moment
         lives.push(Life::cut_short(collector).await);
+        fs::write(mount.join("unsynced"), "forgotten").unwrap(); // now, for a server syncs the whole file system
         disk.crash();
         let left = fs::read(mount.join("unsynced")).unwrap_or_default();
         assert!(left.is_empty(), "the disk does not forget");
