@@ -7,7 +7,6 @@ mod file;
 mod given;
 mod labels;
 mod redact;
-mod secret;
 mod show;
 mod siblings;
 mod supervision;
@@ -20,6 +19,12 @@ use std::{
 };
 
 use bytesize::ByteSize;
+use phonehome_env::trust::parse_pin;
+pub use phonehome_env::{
+    proxy::{Proxy, ProxySettings},
+    secret::Secret,
+    trust::Trust,
+};
 use phonehome_proto::{
     id::{BuildId, NameError, StepName},
     limits::MIN_WINDOW,
@@ -28,12 +33,11 @@ use zeroize::Zeroizing;
 
 pub(crate) use self::given::nothing_but_a_command;
 pub use self::{
-    address::{Address, Proxy, ProxySettings},
+    address::Address,
     args::{Args, Level, Limit, OnOffline, Overflow, Start, Switch},
     given::Given,
     labels::{LabelList, LabelsArgs, LabelsConfig},
     redact::{Origin, RedactArgs, RedactError},
-    secret::Secret,
     siblings::{
         BirthDep, ExpectedExits, ExpectedExitsError, List, Pattern, Probe, ProbeError, ReadyWhen, SiblingName,
         SiblingsArgs, SiblingsConfig, Stage, WaitFor, WaitForError,
@@ -102,16 +106,6 @@ pub struct Home {
     pub trust: Trust,
     /// What the build is called besides, for those who look for it.
     pub labels: LabelsConfig,
-}
-/// How to know the server, and be known to it. Ignored for `ws://`.
-#[derive(Debug, Default)]
-pub struct Trust {
-    /// Roots in place of the system's.
-    pub ca: Option<PathBuf>,
-    /// SHA-256 of the server's public key.
-    pub pin: Option<[u8; 32]>,
-    /// Certificate and key of this agent.
-    pub client: Option<(PathBuf, PathBuf)>,
 }
 impl Config {
     /// Checks what was typed. `variable` reads the environment.
@@ -194,7 +188,7 @@ impl Home {
             build: args.build.as_deref().ok_or(ConfigError::NoBuild)?.parse().map_err(name("--build"))?,
             step: args.step.as_deref().map_or(Ok(StepName::default()), str::parse).map_err(name("--step"))?,
             token: token(args)?,
-            trust: Trust::try_from_args(args)?,
+            trust: trust(args)?,
             labels: args.labels.clone().into(),
         })
     }
@@ -217,26 +211,20 @@ fn token(args: &Args) -> Result<Option<Secret>, ConfigError> {
 
 fn read(path: &Path) -> Result<Zeroizing<String>, ConfigError> {
     let unreadable = |source| ConfigError::Unreadable { path: path.to_owned(), source };
-    crate::file::read_text(path, MAX_TOKEN).map_err(unreadable)
+    phonehome_env::file::read_text(path, MAX_TOKEN).map_err(unreadable)
 }
 
 /// Most bytes of a file with a token: more than any header has room for.
 const MAX_TOKEN: usize = 8 * 1024;
 
-impl Trust {
-    fn try_from_args(args: &Args) -> Result<Self, ConfigError> {
-        let client = match (&args.client_cert, &args.client_key) {
-            (Some(cert), Some(key)) => Some((cert.clone(), key.clone())),
-            (None, None) => None,
-            (Some(_), None) | (None, Some(_)) => return Err(ConfigError::HalfIdentity),
-        };
-        Ok(Self { ca: args.ca.clone(), pin: args.pin.as_deref().map(parse_pin).transpose()?, client })
-    }
-}
-
-fn parse_pin(text: &str) -> Result<[u8; 32], ConfigError> {
-    let hex = text.strip_prefix("sha256:").ok_or(ConfigError::BadPin)?;
-    Ok(hex.parse::<phonehome_proto::id::Digest>().map_err(|_| ConfigError::BadPin)?.0)
+fn trust(args: &Args) -> Result<Trust, ConfigError> {
+    let client = match (&args.client_cert, &args.client_key) {
+        (Some(cert), Some(key)) => Some((cert.clone(), key.clone())),
+        (None, None) => None,
+        (Some(_), None) | (None, Some(_)) => return Err(ConfigError::HalfIdentity),
+    };
+    let pin = args.pin.as_deref().map(|pin| parse_pin(pin).ok_or(ConfigError::BadPin)).transpose()?;
+    Ok(Trust { ca: args.ca.clone(), pin, client })
 }
 
 /// What is wrong with the options, and what to do. None of these texts repeats a secret.

@@ -9,7 +9,6 @@ mod command;
 pub mod config;
 pub mod console;
 pub mod failure;
-mod file;
 mod gate;
 mod herald;
 pub mod install;

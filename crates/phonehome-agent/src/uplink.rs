@@ -2,8 +2,6 @@
 
 mod dial;
 mod socket;
-#[cfg(feature = "tls")]
-mod tls;
 mod upgrade;
 
 use std::{sync::Arc, time::Duration};

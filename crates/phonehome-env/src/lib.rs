@@ -7,7 +7,13 @@
 pub mod descriptor;
 pub mod disk;
 mod fault;
+pub mod file;
 pub mod network;
+pub mod proxy;
+pub mod secret;
+#[cfg(feature = "tls")]
+pub mod tls;
+pub mod trust;
 pub mod websocket;
 
 use std::{

@@ -1,8 +1,9 @@
 //! Where to phone home, and through which proxy.
 
 use http::Uri;
+use phonehome_env::proxy::{Proxy, ProxySettings, bare_host};
 
-use super::{ConfigError, Secret};
+use super::ConfigError;
 
 /// A phone-home address, taken apart.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -17,69 +18,6 @@ pub struct Address {
     pub endpoint: Uri,
     /// The proxy to go through.
     pub proxy: Option<Proxy>,
-}
-
-/// An HTTP proxy that is asked to CONNECT.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Proxy {
-    /// Name or IP address.
-    pub host: String,
-    /// Port, 80 when the URL names none.
-    pub port: u16,
-    /// `user:password`, as the URL has them.
-    pub credentials: Option<Secret>,
-}
-/// What the environment says about proxies.
-#[derive(Debug, Default)]
-pub struct ProxySettings {
-    proxy: Option<String>,
-    exempt: Option<String>,
-}
-
-impl ProxySettings {
-    /// Reads `HTTPS_PROXY` and `NO_PROXY`, in capitals or small letters.
-    #[must_use]
-    pub fn read(variable: impl Fn(&str) -> Option<String>) -> Self {
-        let either = |upper: &str, lower: &str| variable(upper).or_else(|| variable(lower)).filter(|v| !v.is_empty());
-        Self { proxy: either("HTTPS_PROXY", "https_proxy"), exempt: either("NO_PROXY", "no_proxy") }
-    }
-
-    fn proxy_for(&self, host: &str) -> Result<Option<Proxy>, ConfigError> {
-        let Some(proxy) = self.proxy.as_deref().filter(|_| !self.is_exempt(host)) else { return Ok(None) };
-        Proxy::parse(proxy).map(Some)
-    }
-
-    /// As curl has it: a comma-separated list of hosts and domain suffixes, or `*`.
-    fn is_exempt(&self, host: &str) -> bool {
-        let Some(exempt) = &self.exempt else { return false };
-        exempt.split(',').map(|entry| entry.trim().trim_start_matches('.')).filter(|entry| !entry.is_empty()).any(
-            |entry| {
-                let suffix = host.len().checked_sub(entry.len()).and_then(|at| host.get(at..));
-                let whole = host.len() == entry.len()
-                    || host.as_bytes().get(host.len().wrapping_sub(entry.len() + 1)) == Some(&b'.');
-                entry == "*" || whole && suffix.is_some_and(|suffix| suffix.eq_ignore_ascii_case(entry))
-            },
-        )
-    }
-}
-
-impl Proxy {
-    fn parse(text: &str) -> Result<Self, ConfigError> {
-        let url = if text.contains("://") { text.to_owned() } else { format!("http://{text}") };
-        let uri: Uri = url.parse().map_err(|_| ConfigError::BadProxy)?;
-        let authority = uri.authority().ok_or(ConfigError::BadProxy)?;
-        if uri.scheme_str() != Some("http") {
-            return Err(ConfigError::BadProxy);
-        }
-        let credentials = authority.as_str().rsplit_once('@').map(|(user, _)| Secret::new(user.to_owned()));
-        Ok(Self { host: bare_host(&uri), port: uri.port_u16().unwrap_or(80), credentials })
-    }
-}
-
-/// A host as a resolver wants it, without the brackets of an IPv6 literal.
-fn bare_host(uri: &Uri) -> String {
-    let host = uri.host().unwrap_or_default();
-    host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host).to_owned()
 }
 
 impl Address {
@@ -113,7 +51,7 @@ impl Address {
         }
         Ok(Self {
             tls,
-            proxy: if tls { proxy.proxy_for(&host)? } else { None },
+            proxy: if tls { proxy.proxy_for(&host).map_err(|_| ConfigError::BadProxy)? } else { None },
             host,
             port: uri.port_u16().unwrap_or(if tls { 443 } else { 80 }),
             endpoint: endpoint.parse().map_err(|_| bad("its path is not valid"))?,
@@ -148,27 +86,5 @@ mod tests {
         assert!(why("ws://h?x=1").contains("query"));
         assert!(why("ws://").contains("not a URL"));
         assert!(why("ws://h:70000").contains("port") && why("ws://h:0").contains("port"));
-    }
-
-    #[test]
-    fn no_proxy_names_hosts_and_domains() {
-        let settings =
-            ProxySettings { proxy: Some("http://p:3128".into()), exempt: Some("a.example, .b.example".into()) };
-        for (host, exempt) in
-            [("a.example", true), ("x.a.example", true), ("xa.example", false), ("B.example", true), ("c", false)]
-        {
-            assert_eq!(settings.proxy_for(host).unwrap().is_none(), exempt, "{host}");
-        }
-    }
-
-    #[test]
-    fn a_proxy_may_have_credentials_and_they_stay_secret() {
-        let proxy = Proxy::parse("http://user:hunter2@proxy:3128").unwrap();
-        assert_eq!(
-            (&*proxy.host, proxy.port, proxy.credentials.as_ref().unwrap().expose()),
-            ("proxy", 3128, "user:hunter2")
-        );
-        assert!(!format!("{proxy:?}").contains("hunter2"));
-        assert!(Proxy::parse("socks5://p").is_err());
     }
 }

@@ -87,7 +87,7 @@ impl fmt::Debug for ConfigFile {
 
 fn read(path: &Path) -> Result<Zeroizing<String>, clap::Error> {
     let failed = |why: String| clap::Error::raw(ErrorKind::Io, format!("cannot read {}: {why}\n", path.display()));
-    crate::file::read_text(path, MAX_SIZE).map_err(|error| failed(error.to_string()))
+    phonehome_env::file::read_text(path, MAX_SIZE).map_err(|error| failed(error.to_string()))
 }
 
 /// The value as a command line would have it.

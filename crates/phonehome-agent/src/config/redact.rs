@@ -13,10 +13,7 @@ use tracing::warn;
 use zeroize::Zeroizing;
 
 use super::Secret;
-use crate::{
-    file,
-    redact::{MAX_VALUE, MAX_VALUES, MIN_VALUE, Redactor, TooLarge},
-};
+use crate::redact::{MAX_VALUE, MAX_VALUES, MIN_VALUE, Redactor, TooLarge};
 
 /// Secrets that may not leave.
 #[derive(Default, Args)]
@@ -168,7 +165,7 @@ fn files_in(directory: &Path) -> io::Result<Vec<PathBuf>> {
 /// Reads a file, or its beginning, which is longer than a file may be.
 fn read(path: &Path) -> io::Result<Zeroizing<Vec<u8>>> {
     let mut value = Zeroizing::new(Vec::with_capacity(2 * MAX_VALUE)); // never moved: what moves is not wiped
-    file::open(path)?.take(MAX_FILE as u64 + 1).read_to_end(&mut value)?;
+    phonehome_env::file::open(path)?.take(MAX_FILE as u64 + 1).read_to_end(&mut value)?;
     Ok(value)
 }
 

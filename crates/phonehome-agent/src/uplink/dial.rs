@@ -5,20 +5,16 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use base64::{Engine, prelude::BASE64_STANDARD};
 use http::StatusCode;
-use phonehome_env::{Env, network::Transport, websocket};
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    time::timeout,
-};
+use phonehome_env::{Env, network::Transport, proxy::ProxyError, websocket};
+use tokio::time::timeout;
 use tokio_tungstenite::{WebSocketStream, tungstenite::protocol::Role};
 
 use super::{
     socket::{READ_BUFFER, Socket},
     upgrade::{Refusal, UpgradeError, upgrade},
 };
-use crate::config::{Address, Proxy, Secret, Trust};
+use crate::config::{Address, Secret, Trust};
 
 /// Opens connections to one server.
 pub(crate) struct Dialler {
@@ -26,7 +22,7 @@ pub(crate) struct Dialler {
     address: Address,
     token: Option<Secret>,
     #[cfg(feature = "tls")]
-    tls: super::tls::Connector,
+    tls: phonehome_env::tls::Connector,
 }
 
 /// Why a connection could not be opened.
@@ -35,7 +31,7 @@ pub(super) enum DialError {
     /// The server cannot be who it should be, or the files that would tell cannot be used.
     #[cfg(feature = "tls")]
     #[error(transparent)]
-    Identity(super::tls::TlsError),
+    Identity(phonehome_env::tls::TlsError),
     #[error("the proxy refused: {0}")]
     Proxy(String),
     #[error("the server answered {0}{1}")]
@@ -53,9 +49,6 @@ const DIAL_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Longest Retry-After that is believed.
 const MAX_RETRY_AFTER: Duration = Duration::from_secs(60);
-
-/// Longest answer of a proxy, bytes.
-const MAX_PROXY_ANSWER: usize = 8 * 1024;
 
 /// Longest text of an HTTP error that is shown, bytes.
 const MAX_ERROR_TEXT: usize = 200;
@@ -104,7 +97,7 @@ impl Dialler {
             address,
             token,
             #[cfg(feature = "tls")]
-            tls: super::tls::Connector::new(trust),
+            tls: phonehome_env::tls::Connector::new(trust),
         }
     }
 
@@ -114,7 +107,7 @@ impl Dialler {
 
     async fn connect(&mut self) -> Result<Socket, DialError> {
         let tcp = match &self.address.proxy {
-            Some(proxy) => self.through_proxy(proxy).await?,
+            Some(proxy) => proxy.connect(&*self.env.network, &self.address.host, self.address.port).await?,
             None => self.tcp(&self.address.host, self.address.port).await?,
         };
         let stream = self.encrypt(tcp).await?;
@@ -146,57 +139,15 @@ impl Dialler {
         let unreachable = |error| DialError::Unreachable(format!("{host}:{port}"), error);
         self.env.network.connect(host, port).await.map_err(unreachable)
     }
-
-    /// HTTP CONNECT (RFC 9110, section 9.3.6).
-    async fn through_proxy(&self, proxy: &Proxy) -> Result<Box<dyn Transport>, DialError> {
-        let mut stream = self.tcp(&proxy.host, proxy.port).await?;
-        let broken = |error| DialError::Unreachable(format!("{}:{}", proxy.host, proxy.port), error);
-        stream.write_all(connect_request(proxy, &self.address).as_bytes()).await.map_err(broken)?;
-        let mut answer = Vec::new();
-        while !answer.ends_with(b"\r\n\r\n") {
-            // One byte at a time: what follows the answer belongs to TLS.
-            answer.push(stream.read_u8().await.map_err(broken)?);
-            if answer.len() > MAX_PROXY_ANSWER {
-                return Err(DialError::Proxy("its answer is too long".into()));
-            }
-        }
-        let answer = String::from_utf8_lossy(&answer);
-        let status = answer.lines().next().unwrap_or_default();
-        if status.split(' ').nth(1).is_some_and(|code| code.starts_with('2')) {
-            Ok(stream)
-        } else {
-            Err(DialError::Proxy(printable(status.as_bytes())))
-        }
-    }
 }
 
-fn connect_request(proxy: &Proxy, target: &Address) -> String {
-    let host = if target.host.contains(':') { format!("[{}]", target.host) } else { target.host.clone() };
-    let authority = format!("{host}:{}", target.port);
-    let credentials = proxy.credentials.as_ref().map_or(String::new(), |secret| {
-        format!("Proxy-Authorization: Basic {}\r\n", BASE64_STANDARD.encode(percent_decoded(secret.expose())))
-    });
-    format!("CONNECT {authority} HTTP/1.1\r\nHost: {authority}\r\n{credentials}\r\n")
-}
-
-/// Userinfo of a URL as bytes (RFC 3986, section 2.1). What is not an escape stays as it is.
-fn percent_decoded(text: &str) -> Vec<u8> {
-    let mut rest = text.as_bytes();
-    let mut decoded = Vec::with_capacity(rest.len());
-    while let Some((&first, tail)) = rest.split_first() {
-        let escape = tail.get(..2).filter(|_| first == b'%').and_then(|hex| std::str::from_utf8(hex).ok());
-        match escape.and_then(|hex| u8::from_str_radix(hex, 16).ok()) {
-            Some(byte) => {
-                decoded.push(byte);
-                rest = &tail[2..];
-            }
-            None => {
-                decoded.push(first);
-                rest = tail;
-            }
+impl From<ProxyError> for DialError {
+    fn from(error: ProxyError) -> Self {
+        match error {
+            ProxyError::Refused(why) => Self::Proxy(why),
+            ProxyError::Unreachable(whom, why) => Self::Unreachable(whom, why),
         }
     }
-    decoded
 }
 
 impl From<UpgradeError> for DialError {
@@ -247,15 +198,5 @@ mod tests {
         assert_eq!(wish("86400"), Some(MAX_RETRY_AFTER));
         assert_eq!(wish("Wed, 21 Oct 2015 07:28:00 GMT"), Some(Duration::ZERO));
         assert_eq!(wish("soon"), None);
-    }
-
-    #[test]
-    fn a_proxy_gets_decoded_credentials() {
-        let proxy = Proxy { host: "p".into(), port: 1, credentials: Some(Secret::new("user:p%40ss%".into())) };
-        let target =
-            Address { tls: true, host: "::1".into(), port: 443, endpoint: "wss://h/".parse().unwrap(), proxy: None };
-        let request = connect_request(&proxy, &target);
-        assert!(request.starts_with("CONNECT [::1]:443 HTTP/1.1\r\n"));
-        assert!(request.contains(&BASE64_STANDARD.encode("user:p@ss%")));
     }
 }

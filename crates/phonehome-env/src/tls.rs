@@ -6,7 +6,6 @@ use std::{
     sync::Arc,
 };
 
-use phonehome_env::network::Transport;
 use rustls::{
     CertificateError, ClientConfig, DigitallySignedStruct, OtherError, RootCertStore, SignatureScheme,
     client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
@@ -21,34 +20,41 @@ use sha2::{Digest, Sha256};
 use tokio_rustls::{TlsConnector, client::TlsStream};
 use zeroize::Zeroizing;
 
-use crate::config::Trust;
+use crate::{network::Transport, trust::Trust};
 
 /// Makes TLS connections; reads its files and roots at the first one.
-pub(super) struct Connector {
+pub struct Connector {
     trust: Trust,
     ready: Option<TlsConnector>,
 }
 
 /// Why there is no encrypted connection.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum TlsError {
+pub enum TlsError {
+    /// A file without what it is for.
     #[error("{} holds no certificate", .0.display())]
     Empty(PathBuf),
+    /// A file that cannot be read, or is not PEM.
     #[error("cannot use {}", .0.display())]
     File(PathBuf, #[source] pem::Error),
+    /// The connection broke, or the other side is not believed.
     #[error("the TLS handshake failed")]
     Handshake(#[source] io::Error),
+    /// The address has no name that a certificate could have.
     #[error("{0:?} is not a name a certificate can be for")]
     Name(String),
+    /// What the files hold does not fit together.
     #[error("the TLS settings cannot be used")]
     Settings(#[source] rustls::Error),
+    /// The server is not the pinned one.
     #[error(transparent)]
     WrongKey(WrongKey),
 }
 
 impl TlsError {
-    /// Everything but a handshake that the network may have broken.
-    pub(super) fn is_fatal(&self) -> bool {
+    /// Whether coming back is pointless: everything but a handshake that the network may have broken.
+    #[must_use]
+    pub fn is_fatal(&self) -> bool {
         match self {
             Self::Handshake(error) => {
                 let cause = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
@@ -74,11 +80,18 @@ impl From<io::Error> for TlsError {
 }
 
 impl Connector {
-    pub(super) fn new(trust: Trust) -> Self {
+    /// Nothing is read before the first [`Self::connect`].
+    #[must_use]
+    pub fn new(trust: Trust) -> Self {
         Self { trust, ready: None }
     }
 
-    pub(super) async fn connect(
+    /// Speaks TLS to a host, which must be who [`Trust`] says.
+    ///
+    /// # Errors
+    ///
+    /// When it is not, or the files that would tell cannot be used.
+    pub async fn connect(
         &mut self,
         host: &str,
         tcp: Box<dyn Transport>,
@@ -196,4 +209,4 @@ impl ServerCertVerifier for Pinned {
 /// The server has another key than the pinned one.
 #[derive(Debug, Clone, thiserror::Error)]
 #[error("the server's public key is sha256:{0}, which is not the pinned one")]
-pub(super) struct WrongKey(phonehome_proto::id::Digest);
+pub struct WrongKey(phonehome_proto::id::Digest);

@@ -15,7 +15,7 @@ use zeroize::Zeroizing;
 /// # Errors
 ///
 /// When it cannot be opened, or is something else.
-pub(crate) fn open(path: &Path) -> io::Result<File> {
+pub fn open(path: &Path) -> io::Result<File> {
     let file = OpenOptions::new().read(true).custom_flags(OFlags::NONBLOCK.bits().cast_signed()).open(path)?;
     if file.metadata()?.is_file() { Ok(file) } else { Err(io::Error::other("it is not a regular file")) }
 }
@@ -25,7 +25,7 @@ pub(crate) fn open(path: &Path) -> io::Result<File> {
 /// # Errors
 ///
 /// When it cannot be read, is something else than a regular file, or is larger.
-pub(crate) fn read(path: &Path, limit: usize) -> io::Result<Zeroizing<Vec<u8>>> {
+pub fn read(path: &Path, limit: usize) -> io::Result<Zeroizing<Vec<u8>>> {
     let mut content = Zeroizing::new(Vec::with_capacity(limit.min(MOST_AT_ONCE)));
     open(path)?.take(limit as u64 + 1).read_to_end(&mut content)?;
     if content.len() > limit { Err(io::Error::other(format!("it is larger than {limit} bytes"))) } else { Ok(content) }
@@ -39,7 +39,7 @@ const MOST_AT_ONCE: usize = 16 * 1024;
 /// # Errors
 ///
 /// As [`read`], and when it is not UTF-8.
-pub(crate) fn read_text(path: &Path, limit: usize) -> io::Result<Zeroizing<String>> {
+pub fn read_text(path: &Path, limit: usize) -> io::Result<Zeroizing<String>> {
     let content = read(path, limit)?;
     let text = std::str::from_utf8(&content).map_err(|_| io::Error::other("it is not UTF-8"))?;
     Ok(Zeroizing::new(text.to_owned()))
