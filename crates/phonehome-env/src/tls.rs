@@ -96,13 +96,35 @@ impl Connector {
         host: &str,
         tcp: Box<dyn Transport>,
     ) -> Result<TlsStream<Box<dyn Transport>>, TlsError> {
-        let name = ServerName::try_from(host.to_owned()).map_err(|_| TlsError::Name(host.to_owned()))?;
         let connector = match &self.ready {
             Some(connector) => connector,
-            None => self.ready.insert(Arc::new(client_config(&self.trust)?).into()),
+            None => self.ready.insert(connector(&self.trust)?),
         };
-        Ok(connector.connect(name, tcp).await?)
+        handshake(connector, host, tcp).await
     }
+}
+
+/// Makes TLS connections, with everything read that is needed to know the server.
+///
+/// # Errors
+///
+/// When a file cannot be used.
+pub fn connector(trust: &Trust) -> Result<TlsConnector, TlsError> {
+    Ok(Arc::new(client_config(trust)?).into())
+}
+
+/// Speaks TLS to a host.
+///
+/// # Errors
+///
+/// When it is not who it should be, or the connection breaks.
+pub async fn handshake(
+    connector: &TlsConnector,
+    host: &str,
+    tcp: Box<dyn Transport>,
+) -> Result<TlsStream<Box<dyn Transport>>, TlsError> {
+    let name = ServerName::try_from(host.to_owned()).map_err(|_| TlsError::Name(host.to_owned()))?;
+    Ok(connector.connect(name, tcp).await?)
 }
 
 fn client_config(trust: &Trust) -> Result<ClientConfig, TlsError> {

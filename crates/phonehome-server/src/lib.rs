@@ -57,6 +57,8 @@ mod burst;
 mod catalogue;
 #[cfg(feature = "cli")]
 pub mod cli;
+#[cfg(feature = "cli")]
+mod client;
 mod connection;
 mod declaration;
 #[cfg(all(fuzzing, feature = "cli"))]
