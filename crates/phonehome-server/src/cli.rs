@@ -1,5 +1,6 @@
 //! The command line: arguments as typed, settings as checked, and what the process exits with.
 
+mod client;
 mod given;
 mod healthcheck;
 mod hook_args;
@@ -32,6 +33,8 @@ enum Command {
     Serve(Box<ServeArgs>),
     Rebuild(rebuild::RebuildArgs),
     CheckConfig(serve_args::CheckConfigArgs),
+    #[command(flatten)]
+    Client(Box<client::ClientCommand>),
     Healthcheck(healthcheck::HealthcheckArgs),
 }
 
@@ -92,6 +95,7 @@ fn run(args: Args, given: &Given) -> u8 {
         Command::Hook(args) => run_hook(*args),
         Command::Serve(args) => run_serve(&args),
         Command::Rebuild(args) => told(rebuild::run(&args).map(|()| 0)),
+        Command::Client(command) => told(client::run(*command)),
         Command::Healthcheck(args) => told(healthcheck::run(&args).map(|()| 0)),
     }
 }

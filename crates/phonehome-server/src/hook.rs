@@ -1,6 +1,8 @@
 //! One push: launch a builder, print what it phones home, end as it does.
 
 mod address;
+pub(crate) mod ending;
+mod feed;
 mod launcher;
 mod lock;
 mod news;
@@ -9,7 +11,8 @@ mod printer;
 mod pusher;
 pub(crate) mod render;
 mod screen;
-mod summary;
+pub(crate) mod summary;
+pub(crate) mod via;
 
 use std::{
     ffi::OsString,
@@ -29,21 +32,23 @@ use tokio::{
 };
 
 use self::{
+    ending::{Cause, Ending},
     launcher::{Launched, Launcher},
     lock::Lock,
-    printer::{Gone, Printer},
-    screen::Screen,
     summary::{is_plain, summary},
+    via::Via,
 };
 pub(crate) use self::{
-    printer::{LogLines, Notice, complain, notices},
-    screen::{Choice, RenderChoice},
+    feed::Feed,
+    printer::{Gone, LogLines, Notice, Printer, Reader, complain, notices},
+    screen::{Choice, RenderChoice, Screen},
 };
-use crate::{Clock, Clocks, Config, Durability, Expected, ExpectedBuild, Outcome, Refusals, Server, Verdict};
+use crate::{Clocks, Config, Durability, Expected, ExpectedBuild, Refusals, Server, client::http::Client};
 
 /// Everything a hook needs, checked.
-#[derive(Debug)]
 pub(crate) struct HookConfig {
+    /// The standing server that has the build; `None` receives it here.
+    pub(crate) via: Option<Client>,
     pub(crate) listen: SocketAddr,
     /// Host, host and port, or address to tell the builder.
     pub(crate) advertise: Option<String>,
@@ -79,12 +84,24 @@ const LAUNCHER_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Runs one build and returns its exit code.
 pub(crate) async fn run(
-    config: HookConfig,
+    mut config: HookConfig,
     own_lines: mpsc::Sender<Notice>,
     queue: mpsc::Receiver<Notice>,
 ) -> anyhow::Result<u8> {
     let _lock = config.lock.as_deref().map(|path| Lock::acquire(path, &config.build)).transpose()?;
     let signals = Hangups::catch()?;
+    let notices = (own_lines, queue);
+    match config.via.take() {
+        Some(client) => run_there(&config, client, signals, notices).await,
+        None => run_here(&config, signals, notices).await,
+    }
+}
+
+/// The way to the printer, both ends.
+type Notices = (mpsc::Sender<Notice>, mpsc::Receiver<Notice>);
+
+/// The build phones this process.
+async fn run_here(config: &HookConfig, signals: Hangups, (own_lines, queue): Notices) -> anyhow::Result<u8> {
     let temporary =
         if config.data.is_none() { Some(tempfile::tempdir().context("no place for the log")?) } else { None };
     let data = config.data.clone().or_else(|| temporary.as_ref().map(|dir| dir.path().to_owned())).unwrap_or_default();
@@ -100,16 +117,39 @@ pub(crate) async fn run(
     })?;
     let url = address::advertised(config.advertise.as_deref(), &server)?;
     let variables = variables(&url, &build, &server);
-    let _env_file = config.env_file.as_deref().map(|path| EnvFile::create(path, &variables)).transpose()?;
-
-    let screen = Screen::open(config.render, config.color, config.steps.len() > 1);
-    let printer = Printer::new(build.log(), screen, queue, config.keepalive);
-    let launcher = Launcher::start(&config.launcher, &variables, own_lines.clone());
-    let (on_hangup, quiet) = (config.on_hangup, config.quiet);
-    let push = Push { build: &build, server: &server, on_hangup, quiet, signals, own_lines, url };
-    let code = push.run(launcher, printer).await;
+    let log = Feed::Store(Box::new(build.log()));
+    let place = Place::Here { build: &build, server: &server, url };
+    let code = launch(config, place, log, &variables, signals, (own_lines, queue)).await?;
     server.shutdown(FAREWELL).await;
     Ok(code)
+}
+
+/// The build phones a standing server, and this process follows it there.
+async fn run_there(config: &HookConfig, client: Client, signals: Hangups, notices: Notices) -> anyhow::Result<u8> {
+    let (via, log, variables) = Via::declare(client, config).await?;
+    let result = launch(config, Place::There(&via), log, &variables, signals, notices).await;
+    if let Err(error) = &result {
+        via.cancel(&format!("{error:#}"));
+    }
+    via.farewell().await;
+    result
+}
+
+/// Starts the launcher and stays until the end.
+async fn launch(
+    config: &HookConfig,
+    place: Place<'_>,
+    log: Feed,
+    variables: &[(&'static str, String)],
+    signals: Hangups,
+    (own_lines, queue): Notices,
+) -> anyhow::Result<u8> {
+    let _env_file = config.env_file.as_deref().map(|path| EnvFile::create(path, variables)).transpose()?;
+    let screen = Screen::open(config.render, config.color, config.steps.len() > 1);
+    let printer = Printer::new(log, screen, queue, Reader::Pusher { keepalive: config.keepalive });
+    let launcher = Launcher::start(&config.launcher, variables, own_lines.clone());
+    let push = Push { place, on_hangup: config.on_hangup, quiet: config.quiet, signals, own_lines };
+    Ok(push.run(launcher, printer).await)
 }
 
 /// What the builder is told.
@@ -155,15 +195,84 @@ impl Drop for EnvFile<'_> {
     }
 }
 
+/// Where the build is.
+enum Place<'a> {
+    Here {
+        build: &'a ExpectedBuild,
+        server: &'a Server,
+        /// What the builder was told.
+        url: String,
+    },
+    There(&'a Via),
+}
+
+impl Place<'_> {
+    async fn ending(&self) -> Ending {
+        match self {
+            Self::Here { build, .. } => build.verdict().await.into(),
+            Self::There(via) => via.ending().await,
+        }
+    }
+
+    fn was_connected(&self) -> bool {
+        match self {
+            Self::Here { build, .. } => build.was_connected(),
+            Self::There(via) => via.was_connected(),
+        }
+    }
+
+    fn is_cancelled(&self) -> bool {
+        match self {
+            Self::Here { build, .. } => build.is_cancelled(),
+            Self::There(via) => via.is_cancelled(),
+        }
+    }
+
+    fn cancel(&self, reason: &str) {
+        match self {
+            Self::Here { build, .. } => build.cancel(reason),
+            Self::There(via) => via.cancel(reason),
+        }
+    }
+
+    fn fail(&self, reason: &str) {
+        match self {
+            Self::Here { build, .. } => build.fail(reason),
+            Self::There(via) => via.fail(reason),
+        }
+    }
+
+    fn hints_about_nobody(&self) -> Vec<String> {
+        let look_at = [
+            "look at: was the builder started at all (image pull, quota, scheduling)?".to_owned(),
+            "is phonehome-agent its entrypoint, with the PHONEHOME_ variables of this build? what does its own log say?"
+                .to_owned(),
+        ];
+        match self {
+            Self::Here { server, url, .. } => match server.refusals() {
+                Some(Refusals { count, last }) => {
+                    vec![format!("callers were refused {count} times, the last one because: {last}")]
+                }
+                None => {
+                    let reach = format!("can the builder reach {url}? if not, see --advertise and --listen");
+                    look_at.into_iter().chain([reach]).collect()
+                }
+            },
+            Self::There(via) => match via.hints_about_nobody() {
+                reports if reports.is_empty() => look_at.into(),
+                reports => reports,
+            },
+        }
+    }
+}
+
 /// Everything that waits for one build.
 struct Push<'a> {
-    build: &'a ExpectedBuild,
-    server: &'a Server,
+    place: Place<'a>,
     on_hangup: OnHangup,
     quiet: bool,
     signals: Hangups,
     own_lines: mpsc::Sender<Notice>,
-    url: String,
 }
 
 impl Push<'_> {
@@ -171,9 +280,9 @@ impl Push<'_> {
         let (mut printing, gone) = printer.spawn();
         let mut gone = Some(gone);
         let mut was_asked = false;
-        let verdict = loop {
+        let ending = loop {
             tokio::select! {
-                verdict = self.build.verdict() => break verdict,
+                ending = self.place.ending() => break ending,
                 launched = launcher.ended() => self.handle_launcher(&launched),
                 reason = recv(&mut gone) => {
                     gone = None;
@@ -185,7 +294,7 @@ impl Push<'_> {
                 },
             }
         };
-        let last_words = self.last_words(&verdict);
+        let last_words = self.last_words(&ending);
         for line in &last_words {
             self.say(line).await;
         }
@@ -202,23 +311,23 @@ impl Push<'_> {
                 .for_each(|line| pusher::try_write(rustix::stdio::stderr(), &format!("phonehome: {line}")));
         }
         launcher.finish(LAUNCHER_PATIENCE).await;
-        verdict.exit_code()
+        ending.code
     }
 
     fn handle_launcher(&self, launched: &Launched) {
         if let Launched::Failed(reason) = launched {
-            let stage = if self.build.was_connected() {
+            let stage = if self.place.was_connected() {
                 "while the build was running"
             } else {
                 "before any builder phoned home"
             };
-            self.build.fail(&format!("the launcher {reason} {stage}; its own output is above"));
+            self.place.fail(&format!("the launcher {reason} {stage}; its own output is above"));
         }
     }
 
     /// The pusher is gone, which may show in more ways than one.
     fn handle_gone(&self, reason: &str, launcher: &Launcher) {
-        if self.on_hangup == OnHangup::Cancel && !self.build.is_cancelled() {
+        if self.on_hangup == OnHangup::Cancel && !self.place.is_cancelled() {
             self.stop(reason, launcher);
         }
     }
@@ -232,42 +341,28 @@ impl Push<'_> {
     }
 
     fn stop(&self, reason: &str, launcher: &Launcher) {
-        self.build.cancel(reason);
+        self.place.cancel(reason);
         launcher.terminate();
     }
 
     /// What is said about the end.
-    fn last_words(&self, verdict: &Verdict) -> Vec<String> {
-        if self.quiet && is_plain(verdict) {
+    fn last_words(&self, ending: &Ending) -> Vec<String> {
+        if self.quiet && is_plain(ending) {
             return Vec::new();
         }
-        std::iter::once(summary(verdict)).chain(self.hints(verdict)).collect()
+        std::iter::once(summary(ending)).chain(self.hints(ending)).collect()
     }
 
     /// What to look at when the build itself could not say what went wrong.
-    fn hints(&self, verdict: &Verdict) -> Vec<String> {
-        match &verdict.outcome {
-            Outcome::TimedOut { clock: Clock::NeverConnected } => self.hints_about_nobody(),
-            Outcome::Lost { .. } => vec![
+    fn hints(&self, ending: &Ending) -> Vec<String> {
+        match ending.cause {
+            Cause::Nobody => self.place.hints_about_nobody(),
+            Cause::Lost => vec![
                 "look at: was the builder evicted, out of memory or deleted, or its network cut?".into(),
                 "everything that had arrived is above; raise --lost-timeout if it comes back later than that".into(),
             ],
-            Outcome::Cancelled { .. } | Outcome::Error { .. } | Outcome::Failed { .. } | Outcome::Succeeded => {
-                Vec::new()
-            }
-            Outcome::TimedOut { clock: Clock::Idle | Clock::Total } => Vec::new(),
+            Cause::Itself | Cause::Other => Vec::new(),
         }
-    }
-
-    fn hints_about_nobody(&self) -> Vec<String> {
-        if let Some(Refusals { count, last }) = self.server.refusals() {
-            return vec![format!("callers were refused {count} times, the last one because: {last}")];
-        }
-        vec![
-            "look at: was the builder started at all (image pull, quota, scheduling)?".into(),
-            "is phonehome-agent its entrypoint, with the PHONEHOME_ variables of this build? what does its own log say?".into(),
-            format!("can the builder reach {}? if not, see --advertise and --listen", self.url),
-        ]
     }
 
     async fn say(&self, line: &str) {

@@ -6,7 +6,7 @@ use anyhow::{Context, ensure};
 use clap::{Parser, ValueEnum};
 use phonehome_proto::id::{BuildId, StepName};
 
-use super::{Format, Level};
+use super::{Format, Level, client::AccessArgs};
 use crate::{
     Clocks,
     hook::{Choice, HookConfig, OnHangup, RenderChoice},
@@ -26,17 +26,25 @@ use crate::{
                   Example, as hooks/pre-receive:\n  #!/bin/sh\n  exec phonehome-server hook --timeout 30m -- ./launch-builder"
 )]
 pub(super) struct HookArgs {
-    /// Address to bind; port 0 lets the system choose
-    #[arg(long, value_name = "ADDR", default_value = "0.0.0.0:0", help_heading = "Address")]
-    listen: SocketAddr,
+    /// Address to bind; port 0 lets the system choose [default: 0.0.0.0:0]
+    #[arg(long, value_name = "ADDR", help_heading = "Address", conflicts_with = "via")]
+    listen: Option<SocketAddr>,
+
+    /// Open no port: declare the build on this standing server, https:// or http://, and follow it there. Needs a token
+    /// that may launch, in PHONEHOME_TOKEN or a file; the launcher gets the build's own in its place
+    #[arg(long, value_name = "URL", help_heading = "Server")]
+    via: Option<String>,
+
+    #[command(flatten)]
+    access: AccessArgs,
 
     /// Host the builder can reach: HOST, HOST:PORT or a whole wss:// or ws:// address [default: POD_IP, else the
     /// address of the default route]
-    #[arg(long, value_name = "HOST", help_heading = "Address")]
+    #[arg(long, value_name = "HOST", help_heading = "Address", conflicts_with = "via")]
     advertise: Option<String>,
 
     /// Serve ws:// without encryption, for a proxy in front that has it
-    #[arg(long, help_heading = "Address")]
+    #[arg(long, help_heading = "Address", conflicts_with = "via")]
     no_tls: bool,
 
     /// Also write the variables to this file, one NAME=value each, mode 0600, gone at the end; ready for docker run
@@ -53,7 +61,7 @@ pub(super) struct HookArgs {
     steps: Vec<StepName>,
 
     /// Keep the log here; without it the log is kept in a temporary directory until the end
-    #[arg(long, value_name = "DIR", help_heading = "Build")]
+    #[arg(long, value_name = "DIR", help_heading = "Build", conflicts_with = "via")]
     data: Option<PathBuf>,
 
     /// Allow one push at a time: the lock is held on this file and freed when this process ends, however it ends
@@ -173,8 +181,10 @@ pub(super) fn checked(args: HookArgs) -> anyhow::Result<HookConfig> {
     ensure!(args.keepalive.0 != Some(Duration::ZERO), "--keepalive 0s would never be silent, use off");
     let set = |name: &str| std::env::var_os(name).is_some_and(|value| !value.is_empty());
     let dumb = std::env::var_os("TERM").is_some_and(|term| term == "dumb");
+    let via = args.via.map(|server| args.access.client(Some(server))).transpose()?;
     Ok(HookConfig {
-        listen: args.listen,
+        via,
+        listen: args.listen.unwrap_or(SocketAddr::from(([0, 0, 0, 0], 0))),
         advertise: args.advertise.or_else(|| std::env::var("POD_IP").ok().filter(|ip| !ip.is_empty())),
         tls: !args.no_tls,
         env_file: args.env_file,

@@ -41,6 +41,17 @@ pub(super) enum Launched {
 /// How long its output may stay open after its end before it is taken for ended.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
+/// What this process knows a standing server by, or is one with, and a builder has no business with.
+const SECRETS: [&str; 7] = [
+    "PHONEHOME_ADMIN_TOKEN",
+    "PHONEHOME_ADMIN_TOKEN_FILE",
+    "PHONEHOME_PIN",
+    "PHONEHOME_READ_TOKEN",
+    "PHONEHOME_READ_TOKEN_FILE",
+    "PHONEHOME_TOKEN",
+    "PHONEHOME_TOKEN_FILE",
+];
+
 /// One read of what it writes, bytes.
 const BLOCK: usize = 8 * 1024;
 
@@ -52,7 +63,11 @@ impl Launcher {
             return Self { state: State::NotStarted("is not given".into()), group: None, readers: TaskTracker::new() };
         };
         let mut process = Command::new(program);
-        process.args(arguments).envs(variables.iter().map(|(name, value)| (name, value)));
+        process.args(arguments);
+        for name in SECRETS {
+            process.env_remove(name);
+        }
+        process.envs(variables.iter().map(|(name, value)| (name, value)));
         process.process_group(0).stdout(Stdio::piped()).stderr(Stdio::piped());
         let readers = TaskTracker::new();
         match process.spawn() {

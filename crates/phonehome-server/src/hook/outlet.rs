@@ -7,6 +7,7 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -16,8 +17,6 @@ use tokio::{
     time::timeout,
 };
 
-use super::pusher::STALL;
-
 /// A stream that is written in order.
 #[derive(Debug)]
 pub(super) struct Outlet {
@@ -25,20 +24,26 @@ pub(super) struct Outlet {
     ended: oneshot::Receiver<io::Result<()>>,
     /// Bytes written so far, to all streams: tells a slow reader from none.
     written: Arc<AtomicU64>,
+    /// A reader who takes nothing for this long is gone.
+    stall: Option<Duration>,
 }
 
 /// Nobody reads this stream, and why.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Unread(pub(super) String);
+pub(crate) struct Unread(pub(crate) String);
 
 /// Blocks between printer and thread.
 const QUEUE: usize = 4;
 
-/// Bytes written at once: a reader who takes this much in [`STALL`] still reads.
+/// Bytes written at once: a reader who takes this much in the time of a stall still reads.
 const PIECE: usize = 16 * 1024;
 
 impl Outlet {
-    pub(super) fn open(stream: BorrowedFd<'static>, written: Arc<AtomicU64>) -> io::Result<Self> {
+    pub(super) fn open(
+        stream: BorrowedFd<'static>,
+        written: Arc<AtomicU64>,
+        stall: Option<Duration>,
+    ) -> io::Result<Self> {
         let (blocks, mut queue) = mpsc::channel::<Bytes>(QUEUE);
         let (end, ended) = oneshot::channel();
         let count = written.clone();
@@ -53,7 +58,7 @@ impl Outlet {
             let result = std::iter::from_fn(|| queue.blocking_recv()).try_for_each(&mut write);
             drop(end.send(result)); // the printer may be gone
         })?;
-        Ok(Self { blocks, ended, written })
+        Ok(Self { blocks, ended, written, stall })
     }
 
     /// Queues a block as soon as there is room, or finds out that nobody reads.
@@ -61,7 +66,7 @@ impl Outlet {
         if block.is_empty() {
             return Ok(());
         }
-        match watch(&self.written, self.blocks.send(block)).await? {
+        match watch(&self.written, self.stall, self.blocks.send(block)).await? {
             Ok(()) => Ok(()),
             Err(_) => Err(self.broken().await),
         }
@@ -78,7 +83,7 @@ impl Outlet {
     /// Waits until everything is written.
     pub(super) async fn finish(mut self) -> Result<(), Unread> {
         drop(self.blocks);
-        match watch(&self.written, &mut self.ended).await? {
+        match watch(&self.written, self.stall, &mut self.ended).await? {
             Ok(Err(error)) => Err(Unread(format!("the output cannot be written: {error}"))),
             Ok(Ok(())) | Err(_) => Ok(()),
         }
@@ -86,14 +91,15 @@ impl Outlet {
 }
 
 /// Waits for `work` as long as anything is being written.
-async fn watch<T>(written: &AtomicU64, work: impl Future<Output = T>) -> Result<T, Unread> {
+async fn watch<T>(written: &AtomicU64, stall: Option<Duration>, work: impl Future<Output = T>) -> Result<T, Unread> {
+    let Some(stall) = stall else { return Ok(work.await) };
     let mut work = std::pin::pin!(work);
     loop {
         let before = written.load(Ordering::Relaxed);
-        match timeout(STALL, &mut work).await {
+        match timeout(stall, &mut work).await {
             Ok(result) => return Ok(result),
             Err(_) if written.load(Ordering::Relaxed) == before => {
-                return Err(Unread(format!("nobody has read the output for {} s", STALL.as_secs())));
+                return Err(Unread(format!("nobody has read the output for {} s", stall.as_secs())));
             }
             Err(_) => {}
         }

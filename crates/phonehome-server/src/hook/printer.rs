@@ -7,7 +7,11 @@ use std::{
 };
 
 use bytes::Bytes;
-use phonehome_proto::{event::Event, frame::Stream, id::StepName};
+use phonehome_proto::{
+    event::Event,
+    frame::Stream,
+    id::{Attempt, StepName},
+};
 use rustix::stdio;
 use tokio::{
     sync::{mpsc, oneshot},
@@ -16,12 +20,13 @@ use tokio::{
 };
 
 use super::{
+    feed::Feed,
     news::News,
     outlet::{Outlet, Unread},
-    pusher,
+    pusher::{self, STALL},
     screen::{Screen, Source, Target},
 };
-use crate::{BuildLog, LogItem, LogRecord, builds::expiry};
+use crate::{builds::expiry, client::remote_log::Item};
 
 /// Something to print beside the build's output.
 #[derive(Debug)]
@@ -36,8 +41,18 @@ pub(crate) enum Notice {
     End,
 }
 
+/// Who reads what is printed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Reader {
+    /// Somebody who waits for the end, and wants to hear of a build that is silent; one who takes nothing for long is
+    /// gone.
+    Pusher { keepalive: Option<Duration> },
+    /// Whoever it is, a person with a pager say: they may take their time.
+    Anybody,
+}
+
 /// Why nobody reads any more.
-pub(super) type Gone = oneshot::Receiver<String>;
+pub(crate) type Gone = oneshot::Receiver<String>;
 
 /// Notices on their way to the printer.
 const QUEUE: usize = 64;
@@ -56,11 +71,12 @@ pub(crate) fn complain(line: &str) {
 }
 
 /// The printer of one build.
-pub(super) struct Printer {
-    log: BuildLog,
+pub(crate) struct Printer {
+    log: Feed,
     screen: Screen,
     notices: mpsc::Receiver<Notice>,
     keepalive: Option<Duration>,
+    stall: Option<Duration>,
     last_output: Instant,
     last_line: Instant,
     attempts: std::collections::BTreeMap<StepName, u32>,
@@ -68,19 +84,18 @@ pub(super) struct Printer {
 }
 
 impl Printer {
-    pub(super) fn new(
-        log: BuildLog,
-        screen: Screen,
-        notices: mpsc::Receiver<Notice>,
-        keepalive: Option<Duration>,
-    ) -> Self {
-        let keepalive = keepalive.filter(|_| screen.is_watched());
+    pub(crate) fn new(log: Feed, screen: Screen, notices: mpsc::Receiver<Notice>, reader: Reader) -> Self {
+        let (keepalive, stall) = match reader {
+            Reader::Pusher { keepalive } => (keepalive.filter(|_| screen.is_watched()), Some(STALL)),
+            Reader::Anybody => (None, None),
+        };
         let now = Instant::now();
         Self {
             log,
             screen,
             notices,
             keepalive,
+            stall,
             last_output: now,
             last_line: now,
             attempts: std::collections::BTreeMap::new(),
@@ -89,12 +104,14 @@ impl Printer {
     }
 
     /// Starts to print. The receiver fires when nobody reads any more.
-    pub(super) fn spawn(self) -> (JoinHandle<()>, Gone) {
+    pub(crate) fn spawn(self) -> (JoinHandle<Result<(), Unread>>, Gone) {
         let (gone, is_gone) = oneshot::channel();
         let printing = tokio::spawn(async move {
-            if let Err(Unread(reason)) = self.run().await {
-                drop(gone.send(reason)); // the hook may be about to end
+            let result = self.run().await;
+            if let Err(Unread(reason)) = &result {
+                drop(gone.send(reason.clone())); // the hook may be about to end
             }
+            result
         });
         (printing, is_gone)
     }
@@ -103,13 +120,13 @@ impl Printer {
         let unusable = |error: io::Error| Unread(format!("the output cannot be used: {error}"));
         let written = Arc::new(AtomicU64::new(0));
         let mut outlets = Outlets {
-            stdout: Outlet::open(stdio::stdout(), written.clone()).map_err(unusable)?,
-            stderr: Outlet::open(stdio::stderr(), written.clone()).map_err(unusable)?,
+            stdout: Outlet::open(stdio::stdout(), written.clone(), self.stall).map_err(unusable)?,
+            stderr: Outlet::open(stdio::stderr(), written.clone(), self.stall).map_err(unusable)?,
         };
         let mut log_ended = false;
         let mut hook_ended = false;
         let mut notice = None;
-        let mut pusher_gone = std::pin::pin!(pusher::gone([stdio::stdout(), stdio::stderr()], written));
+        let mut pusher_gone = std::pin::pin!(pusher::gone([stdio::stdout(), stdio::stderr()], written, self.stall));
         while !(log_ended && hook_ended) {
             let screen_at = self.screen.poll_timeout();
             let keepalive_at = self.keepalive_at();
@@ -123,7 +140,7 @@ impl Printer {
                         log_ended = true;
                     }
                     Err(error) => {
-                        self.own_line(&format!("the stored log cannot be read: {error}"));
+                        self.own_line(&format!("the log cannot be read: {error}"));
                         log_ended = true;
                     }
                 },
@@ -144,7 +161,7 @@ impl Printer {
     }
 
     /// Shows an item and what can be had right behind it.
-    fn show_batch(&mut self, item: LogItem) {
+    fn show_batch(&mut self, item: Item) {
         let mut size = self.show(item);
         while size < BATCH
             && let Ok(Some(item)) = self.log.try_next()
@@ -154,35 +171,43 @@ impl Printer {
     }
 
     /// Shows an item and says how large it is.
-    fn show(&mut self, item: LogItem) -> usize {
+    fn show(&mut self, item: Item) -> usize {
         match item {
-            LogItem::Lost { step, records, .. } => {
+            Item::Lost { step, records } => {
                 self.own_line(&format!(
                     "{records} records of step {step} are missing here: neither side has them any more"
                 ));
                 0
             }
-            LogItem::Record(record) => self.show_record(&record),
+            Item::Record { step, attempt, stream, payload } => self.show_record(&step, attempt, stream, &payload),
+            Item::Report(report) => {
+                self.own_line(&format!("reported: {}", report.told()));
+                0
+            }
+            Item::Note(line) => {
+                self.own_line(&line);
+                0
+            }
         }
     }
 
-    fn show_record(&mut self, LogRecord { step, attempt, record }: &LogRecord) -> usize {
-        let last = self.attempts.insert(step.clone(), *attempt).unwrap_or(1);
-        if last < *attempt {
+    fn show_record(&mut self, step: &StepName, attempt: Attempt, stream: Stream, payload: &[u8]) -> usize {
+        let last = self.attempts.insert(step.clone(), attempt).unwrap_or(1);
+        if last < attempt {
             self.own_line(&format!("attempt {attempt} of step {step}: its builder was started again"));
         }
         let now = Instant::now();
-        if record.stream == Stream::Event {
-            let event = Event::parse(&record.payload);
-            if let Some(line) = event.and_then(|event| self.news.line(step, *attempt, &event)) {
+        if stream == Stream::Event {
+            let event = Event::parse(payload);
+            if let Some(line) = event.and_then(|event| self.news.line(step, attempt, &event)) {
                 self.own_line(&line);
             }
         } else {
             self.last_output = now;
             self.last_line = now;
-            self.screen.show(Source::Build(step.clone(), record.stream.into()), &record.payload, now);
+            self.screen.show(Source::Build(step.clone(), stream.into()), payload, now);
         }
-        record.payload.len()
+        payload.len()
     }
 
     fn show_notice(&mut self, notice: Notice) {

@@ -37,12 +37,16 @@ const LOOK: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
 
 /// Completes with the reason when the pusher is gone; never when that cannot be found out. A thread waits, because the
 /// descriptors are shared with others and so must not be made non-blocking; it ends with the process.
-pub(super) async fn gone(streams: [BorrowedFd<'static>; 2], written: Arc<AtomicU64>) -> String {
+pub(super) async fn gone(
+    streams: [BorrowedFd<'static>; 2],
+    written: Arc<AtomicU64>,
+    stall: Option<Duration>,
+) -> String {
     let pipes: Vec<_> = streams.into_iter().filter(|stream| is_pipe(*stream)).collect();
     let (tell, told) = oneshot::channel();
     let ancestors = receivers();
     let answers = ancestors.iter().filter_map(|receiver| answer_pipe(*receiver)).collect();
-    let watch = Watch { clients: clients(&ancestors), answers, unread: Unread::new(written), pipes };
+    let watch = Watch { clients: clients(&ancestors), answers, stall, unread: Unread::new(written), pipes };
     let watching = std::thread::Builder::new().name("pusher".into()).spawn(move || {
         if let Some(reason) = watch.run() {
             drop(tell.send(reason)); // nobody may wait for it any more
@@ -58,6 +62,8 @@ struct Watch {
     pipes: Vec<BorrowedFd<'static>>,
     clients: Vec<OwnedFd>,
     answers: Vec<OwnedFd>,
+    /// A reader that takes nothing for this long has stopped reading.
+    stall: Option<Duration>,
     unread: Unread,
 }
 
@@ -73,8 +79,9 @@ impl Watch {
                 Ok(0) | Err(Errno::INTR) => {}
                 Err(_) => return None,
             }
-            if self.unread.is_stalled(&self.pipes, Instant::now()) {
-                return Some(format!("nobody has read the output for {} s", STALL.as_secs()));
+            let silence = self.unread.silence(&self.pipes, Instant::now());
+            if let Some(stall) = self.stall.filter(|stall| silence >= *stall) {
+                return Some(format!("nobody has read the output for {} s", stall.as_secs()));
             }
         }
     }
@@ -94,20 +101,21 @@ impl Unread {
         Self { written, read: 0, since: Instant::now() }
     }
 
-    fn is_stalled(&mut self, pipes: &[BorrowedFd<'_>], now: Instant) -> bool {
+    /// How long nothing was read although there was something.
+    fn silence(&mut self, pipes: &[BorrowedFd<'_>], now: Instant) -> Duration {
         let written = self.written.load(Ordering::Relaxed);
         // FIONREAD counts what lies in a pipe, at either end (pipe(7)).
         let unread = pipes.iter().filter_map(|pipe| ioctl_fionread(pipe).ok()).max().unwrap_or(0);
         self.note(written, unread, now)
     }
 
-    fn note(&mut self, written: u64, unread: u64, now: Instant) -> bool {
+    fn note(&mut self, written: u64, unread: u64, now: Instant) -> Duration {
         let read = written.saturating_sub(unread);
         if unread == 0 || read > self.read {
             self.read = self.read.max(read);
             self.since = now;
         }
-        now.duration_since(self.since) >= STALL
+        now.duration_since(self.since)
     }
 }
 
@@ -169,12 +177,13 @@ mod tests {
         let start = Instant::now();
         let mut unread = Unread { written: Arc::default(), read: 0, since: start };
         let at = |seconds| start + Duration::from_secs(seconds);
-        assert!(!unread.note(100, 0, at(100)), "all is read");
-        assert!(!unread.note(200, 100, at(129)));
-        assert!(unread.note(200, 100, at(130)), "nothing was read since 100 s");
-        assert!(!unread.note(300, 100, at(131)), "a full pipe that flows");
-        assert!(!unread.note(300, 100, at(160)));
-        assert!(!unread.note(301, 100, at(161)));
+        let mut is_stalled = |written, read, now| unread.note(written, read, now) >= STALL;
+        assert!(!is_stalled(100, 0, at(100)), "all is read");
+        assert!(!is_stalled(200, 100, at(129)));
+        assert!(is_stalled(200, 100, at(130)), "nothing was read since 100 s");
+        assert!(!is_stalled(300, 100, at(131)), "a full pipe that flows");
+        assert!(!is_stalled(300, 100, at(160)));
+        assert!(!is_stalled(301, 100, at(161)));
     }
 
     #[test]

@@ -47,7 +47,7 @@ pub(super) enum Source {
 
 /// Turns what happens into bytes for each descriptor.
 #[derive(Debug)]
-pub(super) struct Screen {
+pub(crate) struct Screen {
     modes: [Render; 2],
     /// Whether both descriptors lead to the same place, as under git: then one carries everything, or they would cut into
     /// each other's lines.
@@ -76,7 +76,7 @@ struct Safe {
 }
 
 impl Screen {
-    pub(super) fn open(choice: RenderChoice, color: Choice, prefixes: bool) -> Self {
+    pub(crate) fn open(choice: RenderChoice, color: Choice, prefixes: bool) -> Self {
         let modes = [mode(choice, stdio::stdout()), mode(choice, stdio::stderr())];
         let joined = is_same(stdio::stdout(), stdio::stderr());
         Self { joined, ..Self::new(modes, color == Choice::Yes, prefixes) }

@@ -2,33 +2,25 @@
 
 use std::fmt;
 
-use crate::{Outcome, StepLog, Verdict};
+use super::ending::{Cause, Ending};
+use crate::StepLog;
 
 /// The one line that says both.
-pub(super) fn summary(verdict: &Verdict) -> String {
-    let outcome = &verdict.outcome;
-    let code = if has_own_code(outcome) { String::new() } else { format!(" (exit code {})", verdict.exit_code()) };
-    let steps = Account(&verdict.steps);
-    match &verdict.incomplete {
-        None => format!("build {outcome}{code}; the log is complete: {steps}"),
-        Some(reason) if verdict.steps.is_empty() => {
-            format!("build {outcome}{code}; the log is not complete: {reason}")
-        }
-        Some(reason) => format!("build {outcome}{code}; the log is not complete: {reason}; stored: {steps}"),
+pub(crate) fn summary(ending: &Ending) -> String {
+    let Ending { words, code, steps, .. } = ending;
+    let code = if ending.cause == Cause::Itself { String::new() } else { format!(" (exit code {code})") };
+    let account = Account(steps);
+    match &ending.incomplete {
+        None => format!("build {words}{code}; the log is complete: {account}"),
+        Some(reason) if steps.is_empty() => format!("build {words}{code}; the log is not complete: {reason}"),
+        Some(reason) => format!("build {words}{code}; the log is not complete: {reason}; stored: {account}"),
     }
 }
 
 /// Whether the line says nothing that the exit code and the output do not say: the build ended by itself, and its log
 /// is proven complete.
-pub(super) fn is_plain(verdict: &Verdict) -> bool {
-    has_own_code(&verdict.outcome) && verdict.is_complete()
-}
-
-fn has_own_code(outcome: &Outcome) -> bool {
-    match outcome {
-        Outcome::Succeeded | Outcome::Failed { .. } => true,
-        Outcome::Cancelled { .. } | Outcome::Error { .. } | Outcome::Lost { .. } | Outcome::TimedOut { .. } => false,
-    }
+pub(crate) fn is_plain(ending: &Ending) -> bool {
+    ending.cause == Cause::Itself && ending.incomplete.is_none()
 }
 
 /// Bytes, records, digests and cuts of all steps.
@@ -71,7 +63,7 @@ impl fmt::Display for Count {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Clock, Digest, End};
+    use crate::{Clock, Digest, End, Outcome, Verdict};
 
     #[test]
     fn a_complete_log_is_told_with_its_proof() {
@@ -81,8 +73,8 @@ mod tests {
         let expected = format!(
             "build succeeded; the log is complete: 1234567 bytes in 321 records, BLAKE3 {digest}, 3 cuts survived"
         );
-        assert_eq!(summary(&verdict), expected);
-        assert!(is_plain(&verdict));
+        assert_eq!(summary(&verdict.clone().into()), expected);
+        assert!(is_plain(&verdict.into()));
     }
 
     #[test]
@@ -95,8 +87,8 @@ mod tests {
             "build failed: step test: exit code 3; the log is complete: 1 byte in 642 records, \
              BLAKE3 build {digest}, test {digest}, 1 cut survived"
         );
-        assert_eq!(summary(&verdict), expected);
-        assert!(is_plain(&verdict));
+        assert_eq!(summary(&verdict.clone().into()), expected);
+        assert!(is_plain(&verdict.into()));
     }
 
     #[test]
@@ -104,24 +96,24 @@ mod tests {
         let incomplete = Some("step main: its end never arrived".to_owned());
         let outcome = Outcome::Lost { step: "main".parse().unwrap() };
         let lost = Verdict { outcome, incomplete, steps: vec![log("main", 6, 0)], ended: 0 };
-        let told = summary(&lost);
+        let told = summary(&lost.clone().into());
         let expected =
             "(exit code 121); the log is not complete: step main: its end never arrived; stored: 6 bytes in 321";
         assert!(told.contains(expected), "{told}");
-        assert!(!is_plain(&lost));
+        assert!(!is_plain(&lost.into()));
 
         let incomplete = Some("step main never connected".to_owned());
         let outcome = Outcome::TimedOut { clock: Clock::NeverConnected };
-        let nobody = summary(&Verdict { outcome, incomplete, steps: Vec::new(), ended: 0 });
+        let nobody = summary(&Verdict { outcome, incomplete, steps: Vec::new(), ended: 0 }.into());
         assert!(nobody.ends_with("(exit code 124); the log is not complete: step main never connected"), "{nobody}");
     }
 
     #[test]
     fn a_build_that_did_not_end_by_itself_is_never_passed_over() {
         let outcome = Outcome::Cancelled { reason: "hung up".into() };
-        assert!(!is_plain(&Verdict { outcome, incomplete: None, steps: vec![log("main", 6, 0)], ended: 0 }));
+        assert!(!is_plain(&Verdict { outcome, incomplete: None, steps: vec![log("main", 6, 0)], ended: 0 }.into()));
         let incomplete = Some("the digest differs".to_owned());
-        assert!(!is_plain(&Verdict { outcome: Outcome::Succeeded, incomplete, steps: Vec::new(), ended: 0 }));
+        assert!(!is_plain(&Verdict { outcome: Outcome::Succeeded, incomplete, steps: Vec::new(), ended: 0 }.into()));
     }
 
     fn log(step: &str, bytes: u64, cuts: u64) -> StepLog {
