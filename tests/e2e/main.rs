@@ -10,6 +10,7 @@ mod harness;
 
 mod agent;
 mod attempts;
+mod clients;
 mod delivery;
 mod exit_codes;
 mod faults;
