@@ -23,8 +23,6 @@ pub(crate) struct Meter {
     pub(crate) commit_duration: Histogram,
     /// Attempts whose files were written and synced, round by round.
     pub(crate) attempts_synced: Count,
-    /// Requests that read or follow a log, held as clones.
-    pub(crate) readers: Arc<()>,
     pub(crate) bytes_sealed: Count,
     pub(crate) builds_expired: Count,
     pub(crate) bytes_expired: Count,

@@ -542,3 +542,28 @@ fn settings(args: &ServeArgs, tls: bool) -> Settings {
         metrics_public: args.metrics_public,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_option_stands_in_the_documentation_with_its_variable_and_its_default() {
+        let page = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/server.md"));
+        for arg in ServeArgs::command().get_opts() {
+            let name = arg.get_long().expect("an option has a long name");
+            let forms = [format!("`--{name}`"), format!("`--{name} ")];
+            let is_row = |line: &&str| {
+                let option = line.split(" | ").next().unwrap_or_default();
+                option.starts_with("| `--") && forms.iter().any(|form| option.contains(form))
+            };
+            let row = page.lines().find(is_row).unwrap_or_else(|| panic!("--{name} has no row"));
+            if let Some(variable) = arg.get_env() {
+                assert!(row.contains(&format!("`{}`", variable.to_string_lossy())), "--{name}: {row}");
+            }
+            for default in arg.get_default_values().iter().filter(|_| arg.get_action().takes_values()) {
+                assert!(row.contains(&format!("`{}`", default.to_string_lossy())), "--{name}: {row}");
+            }
+        }
+    }
+}

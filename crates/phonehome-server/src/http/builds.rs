@@ -16,6 +16,7 @@ use phonehome_proto::{
     signal,
 };
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 use tokio::time::timeout;
 
 use super::{
@@ -309,8 +310,9 @@ impl Standing {
 /// All that is known of a build.
 #[derive(Debug, Serialize)]
 pub(crate) struct Detail {
+    /// The summary, with more about its steps below.
     #[serde(flatten)]
-    summary: Summary,
+    summary: Map<String, Value>,
     /// Why the log is not proven complete.
     incomplete: Option<String>,
     timeouts: TimeoutsShown,
@@ -390,8 +392,11 @@ pub(crate) fn detail(build: &Build) -> std::io::Result<Detail> {
     }
     let Clocks { connect, idle, lost, total, grace } = &build.declaration.timeouts;
     let seconds = |limit: &Option<Duration>| limit.map(|limit| limit.as_secs_f64());
+    let summary = serde_json::to_value(entry(build)?.summary)?;
+    let mut summary = if let Value::Object(summary) = summary { summary } else { Map::new() };
+    summary.remove("steps");
     Ok(Detail {
-        summary: entry(build)?.summary,
+        summary,
         incomplete: verdict.and_then(|verdict| verdict.incomplete),
         timeouts: TimeoutsShown {
             connect: seconds(connect),

@@ -56,6 +56,7 @@ struct Reading {
     builds: [u64; 4],
     disk_free: Option<u64>,
     open_files: Option<u64>,
+    readers: u64,
     certificate_end: Option<u64>,
     lifecycle_dropped: u64,
 }
@@ -81,6 +82,7 @@ impl Reading {
             strangers_evicted: shared.strangers.evicted(),
             builds,
             disk_free: disk.map(|disk| disk.f_bavail.saturating_mul(disk.f_frsize)),
+            readers: standing.readers.count() as u64,
             open_files: std::fs::read_dir("/proc/self/fd").ok().map(|files| files.count() as u64),
             certificate_end: certificate.map(|micros| micros / 1_000_000),
             lifecycle_dropped: shared.lifecycle.get().map_or(0, |lifecycle| lifecycle.dropped()),
@@ -136,7 +138,7 @@ fn page(now: &Reading, page: &mut Page<'_>) -> fmt::Result {
         &meter.attempts_synced,
     )?;
     page.gauge("open_files", "Descriptors of the process, sockets included", now.open_files)?;
-    page.gauge("readers", "Requests that read or follow a log", Some(Arc::strong_count(&meter.readers) as u64 - 1))?;
+    page.gauge("readers", "Requests that read or follow a log", Some(now.readers))?;
     let refusals = meter.refusals.values().into_iter().map(|(reason, count)| ([reason], count));
     page.counters(
         "refused_connections",

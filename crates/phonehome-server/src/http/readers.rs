@@ -35,6 +35,11 @@ impl Readers {
         self.places.clone().try_acquire_owned().ok()
     }
 
+    /// How many have a place.
+    pub(crate) fn count(&self) -> usize {
+        MAX_READERS.saturating_sub(self.places.available_permits())
+    }
+
     /// Waits until it may read from the disk.
     pub(crate) async fn turn(&self) -> Option<OwnedSemaphorePermit> {
         self.turns.clone().acquire_owned().await.ok()

@@ -12,12 +12,14 @@ use std::sync::{
 use phonehome_proto::frame::{Finished, FinishedAck, Record};
 
 use super::log::Batch;
+use crate::meter::Meter;
 
 /// A build's allowance. Only the store's worker counts, so the order of its operations is the order of the numbers.
 #[derive(Debug)]
 pub(super) struct Quota {
     limit: u64,
     used: AtomicU64,
+    meter: Arc<Meter>,
 }
 
 /// What an attempt has of it; nothing to do with it while there is no quota.
@@ -40,8 +42,9 @@ const EVENTS: u64 = 16 * 1024 * 1024;
 const HOLE_EVERY: u64 = 16 * 1024 * 1024;
 
 impl Quota {
-    pub(super) fn new(limit: u64) -> Arc<Self> {
-        Arc::new(Self { limit, used: AtomicU64::new(0) })
+    /// What it keeps out is counted by `meter`.
+    pub(super) fn new(limit: u64, meter: Arc<Meter>) -> Arc<Self> {
+        Arc::new(Self { limit, used: AtomicU64::new(0), meter })
     }
 
     fn used(&self) -> u64 {
@@ -73,7 +76,10 @@ impl Share {
             batch.records.retain(|record| {
                 let (len, takes) = (record.payload.len() as u64, quota.takes(used, record));
                 *(if takes { &mut used } else { &mut self.left_out }) += len;
-                self.has_left_out |= !takes;
+                if !takes {
+                    self.has_left_out = true;
+                    quota.meter.bytes_over_quota.add(len);
+                }
                 takes
             });
         }

@@ -32,6 +32,7 @@ use super::{
     recover,
     room::Room,
 };
+use crate::meter::Meter;
 
 /// Every step that an agent has said hello for since the start of this process.
 ///
@@ -118,8 +119,8 @@ impl Steps {
     }
 
     /// Limits what a build may store, from its first hello or survey on.
-    pub(super) fn limit(&mut self, build: BuildId, bytes: u64) {
-        self.quotas.insert(build, Quota::new(bytes));
+    pub(super) fn limit(&mut self, build: BuildId, bytes: u64, meter: Arc<Meter>) {
+        self.quotas.insert(build, Quota::new(bytes, meter));
     }
 
     /// Sets aside what must be there when the disk is full, and makes durable what earlier processes have left.

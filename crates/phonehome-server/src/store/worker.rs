@@ -87,7 +87,7 @@ impl Worker {
             }
             Job::Finish { writer, finished, answer } => self.steps.finish(&writer, *finished, answer),
             Job::Forget { build } => self.steps.forget(&build),
-            Job::Limit { build, bytes } => self.steps.limit(build, bytes),
+            Job::Limit { build, bytes } => self.steps.limit(build, bytes, self.meter.clone()),
             Job::Open { hello, changed, reply } => self.steps.open(*hello, changed, reply),
             Job::Rewind { writer, tally, reply } => {
                 drop(reply.send(self.steps.rewind(&writer, tally))); // a connection that is gone does not go on
