@@ -1,6 +1,6 @@
 //! The standing server: many builds on one port, kept in one data directory over any number of restarts.
 //!
-//! What it adds to [`Server`](crate::Server): builds are declared over HTTP and durably, taken up again at the start, let
+//! What it adds to [`Server`]: builds are declared over HTTP and durably, taken up again at the start, let
 //! go of some time after their end, and found again on the disk when somebody asks for them.
 
 use std::{
