@@ -22,7 +22,7 @@ fn is_full() -> bool {
 }
 
 /// One of two measures: the second in a full sweep.
-fn long_or<T>(short: T, long: T) -> T {
+pub(crate) fn long_or<T>(short: T, long: T) -> T {
     if is_full() { long } else { short }
 }
 

@@ -30,4 +30,5 @@ mod serve;
 mod spool;
 mod steps;
 mod timeouts;
+mod trials;
 mod trust;

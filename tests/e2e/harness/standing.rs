@@ -20,6 +20,7 @@ pub(crate) struct Standing {
     pub(crate) data: PathBuf,
     pub(crate) process: Process,
     options: Vec<String>,
+    variables: Vec<(String, String)>,
 }
 
 /// An answer of the API.
@@ -37,11 +38,16 @@ pub(crate) const READER: &str = "reader-of-this-test";
 impl Standing {
     /// Starts one, and waits until it serves.
     pub(crate) async fn start(options: &[&str]) -> Self {
-        let scene = Scene::new();
+        Self::start_in(Scene::new(), options, &[]).await
+    }
+
+    /// Starts one in a scene that is prepared, with variables of its own.
+    pub(crate) async fn start_in(scene: Scene, options: &[&str], variables: &[(&str, &str)]) -> Self {
         let (address, data) = (own_address(), scene.path("data"));
         let options: Vec<_> = options.iter().map(|option| (*option).to_owned()).collect();
-        let process = serve(&scene, address, &data, &options);
-        let standing = Self { scene, address, data, process, options };
+        let variables: Vec<_> = variables.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+        let process = serve(&scene, address, &data, &options, &variables);
+        let standing = Self { scene, address, data, process, options, variables };
         standing.process.stderr.shows("\"serving\"").await;
         standing
     }
@@ -59,7 +65,7 @@ impl Standing {
     }
 
     pub(crate) async fn start_again(&mut self) {
-        self.process = serve(&self.scene, self.address, &self.data, &self.options);
+        self.process = serve(&self.scene, self.address, &self.data, &self.options, &self.variables);
         self.process.stderr.shows("\"serving\"").await;
     }
 
@@ -129,8 +135,15 @@ impl Standing {
     }
 }
 
-fn serve(scene: &Scene, address: SocketAddr, data: &std::path::Path, options: &[String]) -> Process {
+fn serve(
+    scene: &Scene,
+    address: SocketAddr,
+    data: &std::path::Path,
+    options: &[String],
+    variables: &[(String, String)],
+) -> Process {
     let mut command = scene.command(server());
+    command.envs(variables.iter().map(|(name, value)| (name, value)));
     command.env("PHONEHOME_ADMIN_TOKEN", ADMIN).env("PHONEHOME_READ_TOKEN", READER);
     command.arg("serve").arg("--data").arg(data).arg("--listen").arg(address.to_string()).args(options);
     Process::spawn(&mut command)
