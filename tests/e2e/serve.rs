@@ -74,6 +74,8 @@ async fn whoever_declares_the_same_again_gets_the_same() {
     for _ in 0..2 {
         assert_eq!(standing.declare(declaration.clone()).await, token);
     }
+    let same_token = standing.post("/api/v1/builds", json!({"id": "c", "token": token})).await;
+    assert_eq!(same_token.status, 409, "{same_token:?}");
     let other = standing.post("/api/v1/builds", json!({"id": "b"})).await;
     assert_eq!((other.status, other.headers["content-type"].as_str()), (409, "application/problem+json"));
 }

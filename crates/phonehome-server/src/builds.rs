@@ -69,10 +69,10 @@ impl Builds {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Adds a build; `false` when there is one of that name.
+    /// Adds a build; `false` when there is one of that name, or with its token.
     pub(crate) fn insert(&self, build: Arc<Build>) -> bool {
         let mut known = self.lock();
-        if known.builds.contains_key(&build.id) {
+        if known.builds.contains_key(&build.id) || known.tokens.contains_key(&build.declaration.token.0) {
             return false;
         }
         known.tokens.insert(build.declaration.token.0, build.id.clone());

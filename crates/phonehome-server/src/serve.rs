@@ -128,6 +128,8 @@ pub(crate) struct Declare {
 pub(crate) enum DeclareError {
     #[error("build {0} is known already")]
     Known(BuildId),
+    #[error("another build has this token: every build needs one of its own")]
+    SameToken,
     #[error("{0} builds are running, which is the limit; try again when some have ended")]
     TooMany(usize),
     #[error("the declaration cannot be stored")]
@@ -211,6 +213,9 @@ impl Standing {
             let is_same = known.declaration.token == hash_token(&token) && known.known_verdict().is_none();
             return if is_same { Ok(known) } else { Err(DeclareError::Known(id)) };
         }
+        if self.by_token(&token).await?.is_some() {
+            return Err(DeclareError::SameToken);
+        }
         let running = self.shared.builds.count();
         if running >= self.settings.max_builds {
             return Err(DeclareError::TooMany(running));
@@ -224,7 +229,9 @@ impl Standing {
         let build = Build::new(id.clone(), declaration, Duration::ZERO, self.shared.store.clone());
         let build = Arc::new(build.with_rate(self.settings.build_rate));
         if !self.shared.builds.insert(build.clone()) {
-            return Err(DeclareError::Known(id));
+            let store = self.shared.store.clone(); // another declaration with the same token was under way
+            self.shared.env.blocking(move || expire::remove(&**store.disk(), store.data(), &id)).await?;
+            return Err(DeclareError::SameToken);
         }
         self.attend(build.clone());
         Ok(build)

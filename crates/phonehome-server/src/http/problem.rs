@@ -130,7 +130,7 @@ impl From<io::Error> for Problem {
 impl From<DeclareError> for Problem {
     fn from(error: DeclareError) -> Self {
         match &error {
-            DeclareError::Known(_) => Self::conflict(error.to_string()),
+            DeclareError::Known(_) | DeclareError::SameToken => Self::conflict(error.to_string()),
             DeclareError::TooMany(_) => Self::too_many(error.to_string()).retry_after(10),
             DeclareError::Storage(cause) => Self::failed(cause),
         }

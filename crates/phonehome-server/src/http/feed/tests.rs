@@ -147,7 +147,7 @@ fn a_line_is_told_at_once_and_silence_is_broken_by_comments() {
         assert_eq!((piece(&mut body).await.as_str(), begun.elapsed().as_secs()), (":\n\n", 15));
         scene.write(&mut agent, &[(1, Stream::Stdout, b"line\n")]).await;
         let begun = Instant::now();
-        assert!(piece(&mut body).await.contains("line") && begun.elapsed() <= PACE, "{:?}", begun.elapsed());
+        assert!(piece(&mut body).await.contains("line") && begun.elapsed() <= pace(1), "{:?}", begun.elapsed());
         assert_eq!((piece(&mut body).await.as_str(), begun.elapsed().as_secs()), (":\n\n", 15));
     });
 }
