@@ -2,7 +2,6 @@
 
 use std::{
     collections::{BTreeMap, VecDeque},
-    mem,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -13,8 +12,9 @@ use std::{
 use bytes::Bytes;
 use futures_util::{SinkExt, StreamExt};
 use phonehome_proto::{
+    backoff::{Backoff, Tried},
     codec::{Codec, Message},
-    frame::{AgentFrame, CommandState, Hello, Ping, Pong, Record, ServerFrame, Stream},
+    frame::{AgentFrame, CommandState, End, Finished, FinishedAck, Hello, Ping, Pong, Record, ServerFrame, Stream},
     id::{BuildId, ProducerId, StepName},
     limits::{MAX_PAYLOAD, WINDOW},
     tally::Tally,
@@ -28,13 +28,16 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     Result,
-    histogram::Histogram,
+    api::Declared,
+    histogram::{Histogram, Snapshot},
     socket::{Socket, Target},
 };
 
 /// What all agents tell.
 pub(crate) struct Shared {
-    pub(crate) latency: Histogram,
+    latency: Histogram,
+    /// From an end that was told to its answer.
+    pub(crate) ends: Histogram,
     /// Acknowledged payload of the bomb, bytes.
     pub(crate) bombed: AtomicU64,
     pub(crate) cuts: AtomicU64,
@@ -43,40 +46,69 @@ pub(crate) struct Shared {
     /// Fires when all are connected: nobody writes before.
     pub(crate) start: CancellationToken,
     pub(crate) stop: CancellationToken,
-    connected: watch::Sender<usize>,
+    /// Whether they tell their end.
+    finish: bool,
+    count: usize,
+    /// Who was welcomed in this life of the server.
+    welcomed: watch::Sender<Welcomed>,
     error: Mutex<String>,
-    /// For the handshakes: a server knows few strangers at a time.
+    /// Nobody starts ten thousand builds in one instant. Who comes back does not wait for this.
     doors: Semaphore,
 }
 
-/// Handshakes at a time.
+#[derive(Clone, Copy, Default)]
+struct Welcomed {
+    life: u64,
+    count: usize,
+}
+
+/// First handshakes at a time.
 const DOORS: usize = 200;
 
 /// How long a handshake may take before it is tried again.
 const HANDSHAKE: Duration = Duration::from_secs(30);
 
-/// How long a lost agent waits before it calls again, spread by its number.
-const BACKOFF: Duration = Duration::from_millis(250);
-
-impl Default for Shared {
-    fn default() -> Self {
+impl Shared {
+    pub(crate) fn new(count: usize, finish: bool) -> Self {
         Self {
             latency: Histogram::default(),
+            ends: Histogram::default(),
             bombed: AtomicU64::new(0),
             cuts: AtomicU64::new(0),
             forgotten: AtomicU64::new(0),
             start: CancellationToken::new(),
             stop: CancellationToken::new(),
-            connected: watch::Sender::new(0),
+            finish,
+            count,
+            welcomed: watch::Sender::default(),
             error: Mutex::default(),
             doors: Semaphore::new(DOORS),
         }
     }
-}
 
-impl Shared {
-    pub(crate) async fn wait_connected(&self, count: usize) {
-        drop(self.connected.subscribe().wait_for(|connected| *connected >= count).await); // `self` holds the sender
+    /// Waits until every agent was welcomed in this life of the server.
+    pub(crate) async fn all_welcomed(&self) {
+        let mut welcomed = self.welcomed.subscribe();
+        drop(welcomed.wait_for(|welcomed| welcomed.count >= self.count).await); // `self` holds the sender
+    }
+
+    /// The server was killed: every agent has to be welcomed again.
+    pub(crate) fn begin_again(&self) {
+        self.welcomed.send_modify(|welcomed| *welcomed = Welcomed { life: welcomed.life + 1, count: 0 });
+    }
+
+    /// Notes a welcome, unless this agent had one in this life; `seen` is the last in which it had.
+    fn note_welcome(&self, seen: &mut Option<u64>) {
+        self.welcomed.send_modify(|welcomed| {
+            if seen.replace(welcomed.life) != Some(welcomed.life) {
+                welcomed.count += 1;
+            }
+        });
+    }
+
+    /// How long acknowledgements took since this was asked the last time.
+    pub(crate) fn take_latency(&self) -> Snapshot {
+        self.latency.take()
     }
 
     /// Why an agent was cut or turned away the last time.
@@ -119,72 +151,112 @@ pub(crate) struct Agent {
     held: VecDeque<(Instant, Record)>,
     window: u64,
     next_line: Option<Instant>,
-    was_connected: bool,
+    /// The life of the server in which it was welcomed last.
+    life: Option<u64>,
+    backoff: Backoff,
+    /// When it told its end first.
+    ended: Option<Instant>,
+    is_done: bool,
 }
 
 impl Agent {
-    pub(crate) fn new(
-        build: BuildId,
-        token: &str,
-        number: usize,
-        kind: Kind,
-        target: Arc<Target>,
-        shared: Arc<Shared>,
-    ) -> Result<Self> {
-        let (tally, held) = (Tally::default(), VecDeque::new());
-        let token = token.to_owned();
-        let (window, next_line, was_connected) = (WINDOW, None, false);
-        Ok(Self { build, token, number, kind, target, shared, tally, held, window, next_line, was_connected })
+    pub(crate) fn new(build: Declared, number: usize, kind: Kind, target: Arc<Target>, shared: Arc<Shared>) -> Self {
+        let Declared { build, token } = build;
+        let (tally, held, backoff) = (Tally::default(), VecDeque::new(), Backoff::default());
+        let (window, next_line, life, ended, is_done) = (WINDOW, None, None, None, false);
+        Self {
+            build,
+            token,
+            number,
+            kind,
+            target,
+            shared,
+            tally,
+            held,
+            window,
+            next_line,
+            life,
+            backoff,
+            ended,
+            is_done,
+        }
     }
 
     /// Runs until all have to stop and everything was acknowledged.
     pub(crate) async fn run(mut self) -> Sent {
-        let mut tries = 0;
-        loop {
-            match self.live().await {
-                Ok(()) => break,
-                Err(error) => self.shared.note_cut(&*error),
-            }
+        let (mut tries, mut before) = (0, None);
+        while !self.try_to_live().await {
             tries += 1;
-            let spread = (self.number * 7919 + tries * 104_729) % 1000;
-            sleep(BACKOFF + BACKOFF.mul_f64(spread as f64 / 250.0)).await;
+            let tried = if self.life == before { Tried::Unreachable } else { Tried::Progressed };
+            before = self.life;
+            let random = ((self.number * 7919 + tries * 104_729) % 1000) as f64 / 1000.0;
+            let now = Instant::now().into_std();
+            sleep(self.backoff.handle_disconnected(now, tried, random, Duration::ZERO)).await;
         }
         let lines = if let Kind::Bomb = self.kind { 0 } else { self.tally.next() };
         Sent { build: self.build, lines }
+    }
+
+    /// One connection; `false` when it was cut.
+    async fn try_to_live(&mut self) -> bool {
+        self.live().await.inspect_err(|error| self.shared.note_cut(&**error)).is_ok()
     }
 
     /// One connection.
     async fn live(&mut self) -> Result<()> {
         let shared = self.shared.clone();
         let mut socket = {
-            let _door = shared.doors.acquire().await?;
+            let _door = if self.life.is_none() { Some(shared.doors.acquire().await?) } else { None };
             timeout(HANDSHAKE, self.greet()).await??
         };
-        if !mem::replace(&mut self.was_connected, true) {
-            shared.connected.send_modify(|connected| *connected += 1);
-        }
+        self.backoff.handle_connected(Instant::now().into_std());
+        shared.note_welcome(&mut self.life);
         let records: Vec<_> = self.held.iter().map(|(_, record)| record.clone()).collect();
         for few in records.chunks(4) {
             send(&mut socket, AgentFrame::Records(few.to_vec())).await?;
         }
+        self.talk(&mut socket, &shared).await?;
+        if shared.finish {
+            self.finish(&mut socket, &shared).await?;
+        }
+        Ok(())
+    }
+
+    /// Writes until all have to stop and everything was acknowledged.
+    async fn talk(&mut self, socket: &mut Socket, shared: &Shared) -> Result<()> {
         while !(shared.stop.is_cancelled() && self.held.is_empty()) {
             let due = self.next_line.filter(|_| !shared.stop.is_cancelled());
             let has_room = self.unacknowledged() + MAX_PAYLOAD as u64 <= self.window;
             tokio::select! {
                 () = shared.start.cancelled(), if self.next_line.is_none() => self.next_line = Some(self.first_line()),
-                () = shared.stop.cancelled(), if due.is_some() => {}
-                message = socket.next() => self.handle(&mut socket, message).await?,
+                () = shared.stop.cancelled(), if due.is_some() || self.held.is_empty() => {}
+                message = socket.next() => self.handle(socket, message).await?,
                 () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() && has_room => {
                     let record = self.write(due.unwrap_or_else(Instant::now));
-                    send(&mut socket, AgentFrame::Records(vec![record])).await?;
+                    send(socket, AgentFrame::Records(vec![record])).await?;
                 }
             }
         }
         Ok(())
     }
 
+    /// Tells the end and waits for the answer.
+    async fn finish(&mut self, socket: &mut Socket, shared: &Shared) -> Result<()> {
+        let (next, counts, digest) = (self.tally.next(), self.tally.counts(), self.tally.digest());
+        let finished = Finished { next, counts, digest, end: End::Exited(0), time: 0, usage: None };
+        let since = *self.ended.get_or_insert_with(Instant::now);
+        send(socket, AgentFrame::Finished(finished)).await?;
+        while !self.is_done {
+            let message = socket.next().await;
+            self.handle(socket, message).await?;
+        }
+        shared.ends.note(since.elapsed());
+        drop(socket.close(None).await); // it has said all that it had to
+        Ok(())
+    }
+
     async fn greet(&mut self) -> Result<Socket> {
-        let mut socket = self.target.connect(&self.token).await?;
+        let mut socket = self.target.connect(self.number, &self.token).await?;
         let mut producer = [7; 16];
         producer[..8].copy_from_slice(&(self.number as u64).to_be_bytes());
         let next = self.tally.next();
@@ -238,6 +310,10 @@ impl Agent {
                 send(socket, AgentFrame::Pong(pong)).await
             }
             ServerFrame::Drain(_) => Ok(()), // the end of the connection follows
+            ServerFrame::FinishedAck(FinishedAck::Complete) => {
+                self.is_done = true;
+                Ok(())
+            }
             ServerFrame::Welcome(_) | ServerFrame::Cancel(_) | ServerFrame::FinishedAck(_) => {
                 Err("the server said something out of place".into())
             }

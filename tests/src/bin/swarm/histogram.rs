@@ -23,15 +23,29 @@ impl Histogram {
         self.0[bucket].fetch_add(1, Ordering::Relaxed);
     }
 
+    /// What was counted so far, to start anew.
+    pub(crate) fn take(&self) -> Snapshot {
+        Snapshot(self.0.iter().map(|count| count.swap(0, Ordering::Relaxed)).collect())
+    }
+
+    /// What was counted so far.
+    pub(crate) fn snapshot(&self) -> Snapshot {
+        Snapshot(self.0.iter().map(|count| count.load(Ordering::Relaxed)).collect())
+    }
+}
+
+/// What was counted in some time.
+pub(crate) struct Snapshot(Box<[u64]>);
+
+impl Snapshot {
     pub(crate) fn count(&self) -> u64 {
-        self.0.iter().map(|count| count.load(Ordering::Relaxed)).sum()
+        self.0.iter().sum()
     }
 
     /// Microseconds that this share of all stayed below; 0 when there are none.
     pub(crate) fn quantile(&self, share: f64) -> u64 {
         let mut left = (self.count() as f64 * share).ceil() as u64;
-        for (bucket, count) in self.0.iter().enumerate() {
-            let count = count.load(Ordering::Relaxed);
+        for (bucket, &count) in self.0.iter().enumerate() {
             if left > 0 && count >= left {
                 return end(bucket as u64);
             }

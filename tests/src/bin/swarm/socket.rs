@@ -1,6 +1,9 @@
 //! Connections to the server under load.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    sync::Arc,
+};
 
 use phonehome_env::{
     network::{self, Transport},
@@ -16,7 +19,7 @@ use rustls::{
     crypto::ring,
     pki_types::{CertificateDer, ServerName, UnixTime},
 };
-use tokio::net::TcpStream;
+use tokio::net::TcpSocket;
 use tokio_rustls::TlsConnector;
 use tokio_tungstenite::{
     WebSocketStream, client_async_with_config,
@@ -41,24 +44,34 @@ pub(crate) type Socket = WebSocketStream<Box<dyn Transport>>;
 const READ_BUFFER: usize = 1024;
 
 impl Target {
-    /// From `ws://ADDRESS:PORT` or `wss://ADDRESS:PORT`.
+    /// From `http://ADDRESS:PORT` or `https://ADDRESS:PORT`.
     pub(crate) fn parse(url: &str) -> Result<Self> {
-        let (scheme, address) = url.split_once("://").ok_or("the server is ws://ADDRESS:PORT or wss://ADDRESS:PORT")?;
+        let (scheme, address) = url.split_once("://").ok_or("the server is http://ADDRESS:PORT or https://…")?;
         let tls = match scheme {
-            "ws" => None,
-            "wss" => Some(connector()?),
-            other => return Err(format!("{other}: only ws and wss").into()),
+            "http" => None,
+            "https" => Some(connector()?),
+            other => return Err(format!("{other}: only http and https").into()),
         };
         Ok(Self { address: address.parse()?, tls })
     }
 
-    pub(crate) async fn connect(&self, token: &str) -> Result<Socket> {
-        let tcp = TcpStream::connect(self.address).await?;
+    /// Connects from an address of the caller's own, where this machine has that many: to its loopback.
+    pub(crate) async fn dial(&self, number: usize) -> Result<Box<dyn Transport>> {
+        let socket = if self.address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+        if self.address.ip() == IpAddr::V4(Ipv4Addr::LOCALHOST) {
+            let [.., high, low] = (number as u32).to_be_bytes();
+            socket.bind((Ipv4Addr::new(127, 1, high, low), 0).into())?;
+        }
+        let tcp = socket.connect(self.address).await?;
         network::prepare(&tcp)?;
-        let stream: Box<dyn Transport> = match &self.tls {
+        Ok(match &self.tls {
             None => Box::new(tcp),
             Some(connector) => Box::new(connector.connect(ServerName::from(self.address.ip()), tcp).await?),
-        };
+        })
+    }
+
+    pub(crate) async fn connect(&self, number: usize, token: &str) -> Result<Socket> {
+        let stream = self.dial(number).await?;
         let mut request = format!("ws://{}/v1/agent", self.address).into_client_request()?;
         let headers = request.headers_mut();
         headers.insert(AUTHORIZATION, format!("Bearer {token}").parse()?);
