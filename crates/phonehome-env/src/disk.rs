@@ -252,6 +252,34 @@ const MAX_SLICES: usize = 1024;
 ///
 /// When the disk is full or fails; what was there before is there still.
 pub fn write_whole(disk: &dyn Disk, path: &Path, contents: &[u8], durable: bool) -> io::Result<()> {
+    write_beside(disk, path, contents, durable)?;
+    name_whole(disk, path)?;
+    match path.parent() {
+        Some(dir) if durable => disk.sync_dir(dir),
+        Some(_) | None => Ok(()),
+    }
+}
+
+/// The first half of [`write_whole`] for many files at once. When the file system was synced, [`name_whole`] is the
+/// second; once it was synced again, the file is as durable as if it had been written alone.
+///
+/// # Errors
+///
+/// When the disk is full or fails; what was there before is there still.
+pub fn stage_whole(disk: &dyn Disk, path: &Path, contents: &[u8]) -> io::Result<()> {
+    write_beside(disk, path, contents, false)
+}
+
+/// Puts what was staged in its place.
+///
+/// # Errors
+///
+/// When nothing was staged, or the disk fails.
+pub fn name_whole(disk: &dyn Disk, path: &Path) -> io::Result<()> {
+    disk.rename(&path.with_extension("tmp"), path)
+}
+
+fn write_beside(disk: &dyn Disk, path: &Path, contents: &[u8], durable: bool) -> io::Result<()> {
     let temporary = path.with_extension("tmp");
     let written = (|| {
         let file = disk.open(&temporary, Open::Write)?;
@@ -259,15 +287,7 @@ pub fn write_whole(disk: &dyn Disk, path: &Path, contents: &[u8], durable: bool)
         file.write_all_at(&mut [IoSlice::new(contents)], 0)?;
         if durable { file.sync() } else { Ok(()) }
     })();
-    if let Err(error) = written {
-        drop(disk.remove_file(&temporary)); // it may not even be there; the error that counts is the first
-        return Err(error);
-    }
-    disk.rename(&temporary, path)?;
-    match path.parent() {
-        Some(dir) if durable => disk.sync_dir(dir),
-        Some(_) | None => Ok(()),
-    }
+    written.inspect_err(|_| drop(disk.remove_file(&temporary))) // it may not even be there; the first error counts
 }
 
 /// Writes a small file that only this user may read, durably, so that a reader sees all of it or what was there before.

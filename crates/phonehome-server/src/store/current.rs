@@ -30,6 +30,8 @@ pub(super) struct Current {
     waiting: Vec<Batch>,
     /// The end, handed over and not written yet.
     end: Option<(Finished, FinishedAck)>,
+    /// Whether the end is written with others, and does not count yet.
+    is_staged: bool,
     state: State,
     share: Share,
 }
@@ -46,7 +48,8 @@ enum State {
 impl Current {
     pub(super) fn new(log: AttemptLog, files: Arc<AttemptFiles>, changed: watch::Sender<u64>) -> Self {
         let (waiting, share) = (Vec::new(), Share::default());
-        let mut current = Self { log, files, changed, waiting, end: None, state: State::Works, share };
+        let (end, is_staged, state) = (None, false, State::Works);
+        let mut current = Self { log, files, changed, waiting, end, is_staged, state, share };
         current.count();
         current.release();
         current.publish();
@@ -212,27 +215,80 @@ impl Current {
         }
     }
 
+    /// Whether its end is to be stored, and every record before it is written.
+    pub(super) fn wants_end(&self) -> bool {
+        self.end.is_some() && self.state != State::Failed && self.waiting.is_empty()
+    }
+
     /// The third: writes the end behind the last record. Tells whether it did.
     pub(super) fn end(&mut self, room: &mut Room) -> bool {
-        if self.state == State::Failed || !self.waiting.is_empty() {
+        let stored = self.take_end(room, |log, finished, answer| log.finish(finished, answer));
+        self.note_end(stored.is_some())
+    }
+
+    /// The same for many at once, before all is synced: writes the end, which does not count before it was named.
+    pub(super) fn stage_end(&mut self, room: &mut Room) {
+        let staged = self.take_end(room, |log, finished, answer| log.stage_end(finished, answer));
+        self.is_staged = staged.is_some();
+        self.end = staged.or(self.end.take()); // with the answer that was written
+    }
+
+    /// Then, when all is synced. All is to be synced again.
+    pub(super) fn name_end(&mut self) {
+        if self.is_staged
+            && let Err(error) = self.log.name_end()
+        {
+            self.fail(&error);
+        }
+    }
+
+    /// At last, when that was done. Tells whether it has its end.
+    pub(super) fn confirm_end(&mut self, synced: Result<(), &io::Error>) -> bool {
+        if !mem::take(&mut self.is_staged) || self.state == State::Failed {
             return false;
         }
-        let Some((finished, answer)) = self.end.clone() else { return false };
-        let stored = self.log.written().ends()[0];
-        let answer = self.share.answer(&self.files.quota, &finished, answer, stored);
-        let closed = room.spend(|| self.close_gap());
-        match closed.and_then(|()| room.spend(|| self.log.finish(finished.clone(), answer.clone()))) {
-            Ok(()) => {
-                self.end = None;
-                self.state = State::Works;
-                self.release();
-                true
+        match (synced, self.end.take()) {
+            (Ok(()), Some((finished, answer))) => {
+                self.log.note_end(finished, answer);
+                self.note_end(true)
             }
-            Err(error) => {
-                self.handle_error(&error);
+            (Ok(()), None) => false,
+            (Err(error), _) => {
+                self.fail(error);
                 false
             }
         }
+    }
+
+    /// Writes an end that is due. It waits on when there is no room for it.
+    fn take_end(
+        &mut self,
+        room: &mut Room,
+        write: impl Fn(&mut AttemptLog, Finished, FinishedAck) -> io::Result<()>,
+    ) -> Option<(Finished, FinishedAck)> {
+        let (finished, answer) = self.end.clone().filter(|_| self.wants_end())?;
+        let stored = self.log.written().ends()[0];
+        let answer = self.share.answer(&self.files.quota, &finished, answer, stored);
+        let closed = room.spend(|| self.close_gap());
+        match closed.and_then(|()| room.spend(|| write(&mut self.log, finished.clone(), answer.clone()))) {
+            Ok(()) => {
+                self.state = State::Works;
+                Some((finished, answer))
+            }
+            Err(error) => {
+                self.handle_error(&error);
+                None
+            }
+        }
+    }
+
+    /// Tells whether the end is stored.
+    fn note_end(&mut self, is_stored: bool) -> bool {
+        if is_stored {
+            self.end = None;
+            self.release();
+        }
+        is_stored
     }
 
     /// The last: lets it be known.

@@ -6,7 +6,7 @@ use std::{
     sync::Arc,
 };
 
-use phonehome_env::disk::{Disk, File, Open, is_full, write_whole};
+use phonehome_env::disk::{Disk, File, Open, is_full, name_whole, stage_whole, write_whole};
 use phonehome_proto::{
     frame::{Finished, FinishedAck, Record, Stream},
     tally::Tally,
@@ -29,8 +29,8 @@ pub(super) struct AttemptLog {
     disk: Arc<dyn Disk>,
     dir: PathBuf,
     durability: Durability,
-    /// In the order of [`NAMES`]; closed while nobody writes.
-    open: Option<[Box<dyn File>; 3]>,
+    /// In the order of [`NAMES`]; each is opened when it is needed, and closed while nobody writes.
+    open: [Option<Box<dyn File>>; 3],
     /// Files written to since they were synced.
     touched: [bool; 3],
     /// Files whose sync failed. They are not written to, synced or believed any more.
@@ -104,8 +104,8 @@ impl AttemptLog {
     fn empty(disk: Arc<dyn Disk>, dir: &Path, durability: Durability) -> io::Result<Self> {
         disk.create_dirs(dir)?;
         let mut log = Self::resume(disk, dir, durability, Point::default(), None);
-        for (file, name) in log.files()?.iter().zip(NAMES) {
-            if !file.is_empty()? {
+        for (at, name) in NAMES.into_iter().enumerate() {
+            if !log.file(at)?.is_empty()? {
                 let told = format!("{} has no owner: move {} aside", dir.join(name).display(), dir.display());
                 return Err(io::Error::new(io::ErrorKind::InvalidData, told));
             }
@@ -126,7 +126,7 @@ impl AttemptLog {
             disk,
             dir: dir.to_owned(),
             durability,
-            open: None,
+            open: [None, None, None],
             touched: [false; 3],
             broken: [false; 3],
             nameless: false,
@@ -139,7 +139,7 @@ impl AttemptLog {
     /// Starts in empty files that get their names later.
     pub(super) fn nameless(disk: Arc<dyn Disk>, dir: &Path, files: [Box<dyn File>; 3]) -> Self {
         let log = Self::resume(disk, dir, Durability::Fsync, Point::default(), None);
-        Self { open: Some(files), touched: [true; 3], nameless: true, ..log }
+        Self { open: files.map(Some), touched: [true; 3], nameless: true, ..log }
     }
 
     /// Makes durable what is there: an earlier process may have written it and not lived to sync it.
@@ -179,28 +179,28 @@ impl AttemptLog {
         self.finished.as_ref()
     }
 
-    fn files(&mut self) -> io::Result<&[Box<dyn File>; 3]> {
-        if self.open.is_none() {
-            self.open = Some(open_all(&*self.disk, &self.dir)?);
+    fn file(&mut self, at: usize) -> io::Result<&dyn File> {
+        if self.open[at].is_none() {
+            self.open[at] = Some(open(&*self.disk, &self.dir, NAMES[at])?);
         }
-        Ok(self.open.as_ref().expect("it was opened above"))
+        Ok(&**self.open[at].as_ref().expect("it was opened above"))
     }
 
     /// Closes the files until somebody writes again.
     pub(super) fn close(&mut self) {
         if self.touched == [false; 3] {
-            self.open = None; // the next to open them need not know of errors between
+            self.close_unsynced(); // the next to open them need not know of errors between
         }
     }
 
     /// Closes the files before they are synced: only for one who is going to sync the whole file system, and says how
     /// that went with [`Self::note_synced`] or [`Self::distrust`].
     pub(super) fn close_unsynced(&mut self) {
-        self.open = None;
+        self.open = [None, None, None];
     }
 
     pub(super) fn is_open(&self) -> bool {
-        self.open.is_some()
+        self.open.iter().any(Option::is_some)
     }
 
     /// Files that [`Self::sync`] would sync.
@@ -288,19 +288,15 @@ impl AttemptLog {
     /// Writes to each file what belongs there, and takes all of it back when there is no room for a part.
     fn write(&mut self, contents: [&mut Vec<IoSlice<'_>>; 3], after: Point) -> io::Result<()> {
         let ends = self.written.ends();
-        let mut touched = self.touched;
-        let files = self.files()?;
         for (at, slices) in contents.into_iter().enumerate().filter(|(_, slices)| !slices.is_empty()) {
-            touched[at] = true;
-            if let Err(error) = files[at].write_all_at(slices, ends[at]) {
+            self.touched[at] = true;
+            if let Err(error) = self.file(at)?.write_all_at(slices, ends[at]) {
                 if is_full(&error) {
-                    (0..=at).try_for_each(|at| files[at].set_len(ends[at]))?;
+                    (0..=at).try_for_each(|at| self.file(at)?.set_len(ends[at]))?;
                 }
-                self.touched = touched;
                 return Err(error);
             }
         }
-        self.touched = touched;
         self.written = after;
         Ok(())
     }
@@ -310,7 +306,7 @@ impl AttemptLog {
         if self.durability == Durability::Fsync && self.touched != [false; 3] {
             let touched = self.touched;
             for at in (0..NAMES.len()).filter(|&at| touched[at]) {
-                let synced = self.files()?[at].sync();
+                let synced = self.file(at)?.sync();
                 self.broken[at] |= synced.is_err();
                 synced?;
                 self.touched[at] = false;
@@ -325,7 +321,7 @@ impl AttemptLog {
         let mut back = self.written.clone();
         let mut wire = [0; ENTRY];
         while let Some(last) = back.entries.checked_sub(1) {
-            self.files()?[2].read_exact_at(&mut wire, last * ENTRY as u64)?;
+            self.file(2)?.read_exact_at(&mut wire, last * ENTRY as u64)?;
             match Entry::decode(&wire) {
                 Some(Entry::Record { seq, stream, position, .. }) if seq >= tally.next() => {
                     back.positions[usize::from(!stream.is_output())] = position;
@@ -355,7 +351,7 @@ impl AttemptLog {
         let ends = self.written.ends();
         let durable = self.durability == Durability::Fsync;
         for at in [2, 0, 1] {
-            let file = &self.files()?[at];
+            let file = self.file(at)?;
             file.set_len(ends[at])?;
             let synced = if durable { file.sync() } else { Ok(()) };
             self.broken[at] |= synced.is_err();
@@ -365,11 +361,31 @@ impl AttemptLog {
         Ok(())
     }
 
+    /// The first half of [`Self::finish`] for many attempts at once: [`Self::name_end`] is the second, when the file
+    /// system was synced. Once it was synced again, [`Self::note_end`] lets it be known.
+    pub(super) fn stage_end(&self, finished: Finished, answer: FinishedAck) -> io::Result<()> {
+        stage_whole(&*self.disk, &self.end_path(), &serde_json::to_vec_pretty(&Ended { finished, answer })?)
+    }
+
+    /// Makes what was staged the end.
+    pub(super) fn name_end(&self) -> io::Result<()> {
+        name_whole(&*self.disk, &self.end_path())
+    }
+
+    /// The end is durable.
+    pub(super) fn note_end(&mut self, finished: Finished, answer: FinishedAck) {
+        self.finished = Some((finished, answer));
+    }
+
+    fn end_path(&self) -> PathBuf {
+        self.dir.join("finished.json")
+    }
+
     /// Writes the end, whole or not at all.
     pub(super) fn finish(&mut self, finished: Finished, answer: FinishedAck) -> io::Result<()> {
         let ended = Ended { finished, answer };
         let contents = serde_json::to_vec_pretty(&ended)?;
-        write_whole(&*self.disk, &self.dir.join("finished.json"), &contents, self.durability == Durability::Fsync)?;
+        write_whole(&*self.disk, &self.end_path(), &contents, self.durability == Durability::Fsync)?;
         self.finished = Some((ended.finished, ended.answer));
         Ok(())
     }
@@ -378,7 +394,7 @@ impl AttemptLog {
     /// read again, with one exception: a file whose sync failed is given up, and a copy of what was durable before takes
     /// its place. Tells whether there is such a copy.
     pub(super) fn revive(&mut self) -> io::Result<bool> {
-        self.open = None;
+        self.close_unsynced();
         let ends = self.durable.ends();
         let copied = self.broken != [false; 3];
         for at in (0..NAMES.len()).filter(|&at| self.broken[at]) {
@@ -394,7 +410,7 @@ impl AttemptLog {
                 return Err(io::Error::new(io::ErrorKind::InvalidData, told));
             }
         }
-        self.open = Some(files);
+        self.open = files.map(Some);
         self.broken = [false; 3];
         self.written.clone_from(&self.durable);
         self.cut()?;
@@ -404,14 +420,17 @@ impl AttemptLog {
 
 /// Opens the files to write them, unless they are sealed: a new plain file would hide the sealed one.
 pub(super) fn open_all(disk: &dyn Disk, dir: &Path) -> io::Result<[Box<dyn File>; 3]> {
-    for path in NAMES.map(|name| dir.join(name)) {
-        if disk.exists(&sealed_path(&path))? && !disk.exists(&path)? {
-            let told = format!("{} is sealed: its build has ended", dir.display());
-            return Err(io::Error::new(io::ErrorKind::ReadOnlyFilesystem, told));
-        }
-    }
-    let [log, events, index] = NAMES.map(|name| disk.open(&dir.join(name), Open::Write));
+    let [log, events, index] = NAMES.map(|name| open(disk, dir, name));
     Ok([log?, events?, index?])
+}
+
+fn open(disk: &dyn Disk, dir: &Path, name: &str) -> io::Result<Box<dyn File>> {
+    let path = dir.join(name);
+    if disk.exists(&sealed_path(&path))? && !disk.exists(&path)? {
+        let told = format!("{} is sealed: its build has ended", dir.display());
+        return Err(io::Error::new(io::ErrorKind::ReadOnlyFilesystem, told));
+    }
+    disk.open(&path, Open::Write)
 }
 
 /// Replaces a file by a copy of its first bytes. Its directory is the caller's to sync.
@@ -507,7 +526,7 @@ mod tests {
             let mut scene = Scene::new();
             scene.append(Stream::Stdout, "one\n").unwrap();
             scene.append(Stream::Event, "{}").unwrap();
-            let old = scene.log.files().unwrap().iter().map(|file| file.len().unwrap()).collect::<Vec<_>>();
+            let old = [0, 1, 2].map(|at| scene.log.file(at).unwrap().len().unwrap());
             scene.disk.fail(move |seen| (seen == format!("sync {file}")).then_some(io::ErrorKind::Other));
             let records = vec![scene.agent.write(Stream::Stdout, "two\n"), scene.agent.write(Stream::Event, "{}")];
             let batch = [Batch { records, tally: scene.agent.tally.clone() }];

@@ -7,7 +7,7 @@ use std::{
     sync::Arc,
 };
 
-use phonehome_env::disk::{Disk, File, Open, Volume, is_full, write_whole};
+use phonehome_env::disk::{Disk, File, Open, Volume, is_full, name_whole, stage_whole, write_whole};
 use phonehome_proto::{
     attempts::{Attempts, Lease},
     close::CloseCode,
@@ -253,11 +253,11 @@ impl Steps {
         self.sync_each_of(named)
     }
 
-    /// Makes what was done for each attempt durable, or an error.
-    fn sync_each_of(&mut self, logs: Vec<io::Result<AttemptLog>>) -> Vec<io::Result<AttemptLog>> {
-        let Err(error) = self.sync_volume() else { return logs };
+    /// Makes what was done for each durable, or an error.
+    fn sync_each_of<T>(&mut self, made: Vec<io::Result<T>>) -> Vec<io::Result<T>> {
+        let Err(error) = self.sync_volume() else { return made };
         let failed = || io::Error::new(error.kind(), error.to_string());
-        logs.into_iter().map(|log| log.and_then(|_| Err(failed()))).collect()
+        made.into_iter().map(|made| made.and_then(|_| Err(failed()))).collect()
     }
 
     /// Every attempt of a build that is on the disk, steps in the order of their names.
@@ -371,9 +371,7 @@ impl Steps {
             keys.retain(|key| !self.steps.get(key).is_some_and(Step::is_full));
         }
         self.commit_these(&keys.iter().collect::<Vec<_>>());
-        for NewFile { build, kept, contents, reply } in std::mem::take(&mut self.files) {
-            drop(reply.send(self.keep(&build, kept, &contents))); // whoever asked may have gone
-        }
+        self.keep_files();
         if due {
             let waits = self.waiting().next().is_some();
             self.room.handle_retry(waits);
@@ -397,13 +395,11 @@ impl Steps {
             });
             self.note_open(key);
         }
-        self.sync(keys);
-        for key in keys {
-            if self.with(key, Current::end) == Some(true)
-                && let Some(step) = self.steps.get_mut(*key)
-            {
-                step.attempts.finish();
-            }
+        if self.stage_ends(keys) {
+            self.end_together(keys);
+        } else {
+            self.sync(keys);
+            self.note_ends(keys, Current::end);
         }
         for key in keys {
             self.with(key, |current, room| {
@@ -413,6 +409,43 @@ impl Steps {
                 }
             });
             self.note_open(key);
+        }
+    }
+
+    /// Writes ends, if they are many: thousands come at a time when a server with many builds was away. They do not count
+    /// before [`Self::end_together`].
+    fn stage_ends(&mut self, keys: &[&Key]) -> bool {
+        let ends = keys.iter().filter(|key| self.with(key, |current, _| current.wants_end()) == Some(true)).count();
+        let is_worth_it = self.is_worth_it(ends * END_SYNCS);
+        for key in keys.iter().filter(|_| is_worth_it) {
+            self.with(key, Current::stage_end);
+        }
+        is_worth_it
+    }
+
+    /// Makes everything durable, ends last: no end has its name before the records it speaks of are synced.
+    fn end_together(&mut self, keys: &[&Key]) {
+        let mut synced = self.sync_volume();
+        if synced.is_ok() {
+            for key in keys {
+                self.with(key, |current, _| {
+                    current.note_synced();
+                    current.name_end();
+                });
+            }
+            synced = self.sync_volume();
+        }
+        self.note_ends(keys, |current, _| current.confirm_end(synced.as_ref().copied()));
+    }
+
+    /// Ends attempts, and remembers of which steps those were.
+    fn note_ends(&mut self, keys: &[&Key], mut end: impl FnMut(&mut Current, &mut Room) -> bool) {
+        for key in keys {
+            if self.with(key, &mut end) == Some(true)
+                && let Some(step) = self.steps.get_mut(*key)
+            {
+                step.attempts.finish();
+            }
         }
     }
 
@@ -456,7 +489,11 @@ impl Steps {
     /// could not be synced stays: it cannot be told from what is durable there.
     pub(super) fn forget(&mut self, build: &BuildId) {
         self.commit();
-        self.steps.retain(|(of, _), step| of != build || step.current.as_ref().is_some_and(Current::is_failed));
+        let is_failed = |step: &Step| step.current.as_ref().is_some_and(Current::is_failed);
+        let gone = of_build(&mut self.steps, build).filter(|(_, step)| !is_failed(step));
+        for key in gone.map(|(key, _)| key.clone()).collect::<Vec<_>>() {
+            self.steps.remove(&key);
+        }
     }
 
     /// A step's files may be open now, or closed. Beyond the limit those are closed that were not written to for the
@@ -480,32 +517,104 @@ impl Steps {
         }
     }
 
-    /// Stores a small file durably, unless there is another: the first one wins.
-    fn keep(&mut self, build: &BuildId, kept: Kept, contents: &[u8]) -> io::Result<bool> {
-        let (dir, durable) = (self.root.join(build.as_str()), self.durability == Durability::Fsync);
-        let path = dir.join(kept.name());
-        // The same one again was perhaps not stored as it should be when it was tried before.
-        if self.disk.exists(&path)? && self.disk.read(&path)? != contents {
+    /// Stores the small files that wait: few one by one, many at once.
+    fn keep_files(&mut self) {
+        let mut files = std::mem::take(&mut self.files);
+        if self.is_worth_it(files.len() * KEEP_SYNCS) {
+            files = self.keep_together(files);
+        }
+        for file in files {
+            let kept = self.keep(&file);
+            drop(file.reply.send(kept)); // whoever asked may have gone
+        }
+    }
+
+    /// Stores small files with two syncs for all. Returns those that have the name of one before them.
+    fn keep_together(&mut self, files: Vec<NewFile>) -> Vec<NewFile> {
+        let mut names = BTreeSet::new();
+        let (first, later): (Vec<_>, Vec<_>) = files.into_iter().partition(|file| names.insert(self.path(file)));
+        let staged = first.iter().map(|file| self.stage(file)).collect();
+        let staged = self.sync_each_of(staged).into_iter().zip(&first);
+        let named = staged.map(|(staged, file)| match staged? {
+            true => name_whole(&*self.disk, &self.path(file)).map(|()| true),
+            false => Ok(false),
+        });
+        let named = named.collect();
+        for (file, kept) in first.into_iter().zip(self.sync_each_of(named)) {
+            if matches!(kept, Ok(true)) {
+                self.note_kept(&file);
+            }
+            drop(file.reply.send(kept)); // whoever asked may have gone
+        }
+        later
+    }
+
+    /// Writes a small file beside its place, unless there is another.
+    fn stage(&mut self, file: &NewFile) -> io::Result<bool> {
+        let path = self.path(file);
+        if self.is_taken(file)? {
             return Ok(false);
         }
         self.room.spend(|| {
-            self.disk.create_dirs(&dir)?;
-            write_whole(&*self.disk, &path, contents, durable)?;
+            path.parent().map_or(Ok(()), |dir| self.disk.create_dirs(dir))?;
+            stage_whole(&*self.disk, &path, &file.contents)
+        })?;
+        Ok(true)
+    }
+
+    /// Stores a small file durably, unless there is another: the first one wins.
+    fn keep(&mut self, file: &NewFile) -> io::Result<bool> {
+        let (path, durable) = (self.path(file), self.durability == Durability::Fsync);
+        if self.is_taken(file)? {
+            return Ok(false);
+        }
+        self.room.spend(|| {
+            path.parent().map_or(Ok(()), |dir| self.disk.create_dirs(dir))?;
+            write_whole(&*self.disk, &path, &file.contents, durable)?;
             if durable { self.disk.sync_dir(&self.root) } else { Ok(()) }
         })?;
-        if kept == Kept::Verdict {
-            self.quotas.remove(build);
-            for (_, step) in self.steps.iter_mut().filter(|((of, _), _)| of == build) {
+        self.note_kept(file);
+        Ok(true)
+    }
+
+    fn path(&self, file: &NewFile) -> PathBuf {
+        self.root.join(file.build.as_str()).join(file.kept.name())
+    }
+
+    /// Whether there is one already. The same one again was perhaps not stored as it should be when it was tried before.
+    fn is_taken(&self, file: &NewFile) -> io::Result<bool> {
+        let path = self.path(file);
+        Ok(self.disk.exists(&path)? && self.disk.read(&path)? != file.contents)
+    }
+
+    fn note_kept(&mut self, file: &NewFile) {
+        if file.kept == Kept::Verdict {
+            self.quotas.remove(&file.build);
+            for (_, step) in of_build(&mut self.steps, &file.build) {
                 step.current.iter_mut().for_each(Current::close);
             }
         }
-        Ok(true)
     }
 }
 
 /// Attempts whose files stay open at most. Each has three, so that with 12,000 sockets, and what readers open, a
 /// process stays below 20,000 descriptors.
 const OPEN: usize = 1536;
+
+/// What storing one end by itself syncs: the file and its directory.
+const END_SYNCS: usize = 2;
+
+/// The same for a small file of a build: the file and two directories.
+const KEEP_SYNCS: usize = 3;
+
+/// The steps of one build.
+fn of_build<'a>(
+    steps: &'a mut BTreeMap<Key, Step>,
+    build: &'a BuildId,
+) -> impl Iterator<Item = (&'a Key, &'a mut Step)> {
+    let first = (build.clone(), "0".parse().expect("it is a name, and none comes before it"));
+    steps.range_mut(first..).take_while(move |((of, _), _)| of == build)
+}
 
 /// What making one attempt by itself syncs: its owner's file, its directory and the three above.
 const CREATE_SYNCS: usize = 5;
@@ -986,6 +1095,87 @@ mod tests {
     }
 
     #[test]
+    fn many_ends_are_stored_with_two_syncs_and_none_has_its_name_before_its_records_are_synced() {
+        let mut scene = Scene::new();
+        let crowd = scene.crowd_with_ends(WORTH);
+        scene.disk.seen();
+        scene.steps.commit();
+        let seen = scene.disk.seen();
+        let place = |step: &str| seen.iter().position(|seen| seen == step).unwrap();
+        let last = |step: &str| seen.iter().rposition(|seen| seen == step).unwrap();
+        assert_eq!(seen.iter().filter(|seen| seen.starts_with("sync")).count(), 2, "{seen:?}");
+        assert!(last("write log").max(last("write finished.tmp")) < place("syncfs builds"));
+        assert!(place("syncfs builds") < place("rename finished.json"));
+        assert!(last("rename finished.json") < last("syncfs builds"));
+        assert!(crowd.iter().all(|(_, writer)| writer.files.progress.borrow().finished.is_some()));
+        assert_eq!(scene.open_files(), 0);
+    }
+
+    #[test]
+    fn many_ends_that_could_not_be_stored_are_not_known_and_can_be_told_again() {
+        for (fault, spared) in
+            [("write finished.tmp", 0), ("syncfs builds", 0), ("rename finished.json", 0), ("syncfs builds", 1)]
+        {
+            let mut scene = Scene::new();
+            let crowd = scene.crowd_with_ends(WORTH);
+            let mut spared = spared;
+            scene.disk.fail(move |seen| {
+                let fails = seen == fault && spared == 0;
+                spared -= i32::from(seen == fault && !fails);
+                fails.then_some(io::ErrorKind::Other)
+            });
+            scene.steps.commit();
+            assert!(crowd.iter().all(|(_, writer)| scene.told(writer).2), "{fault}");
+            assert!(crowd.iter().all(|(_, writer)| writer.files.progress.borrow().finished.is_none()), "{fault}");
+            scene.disk.heal();
+            for (at, (agent, _)) in crowd.iter().enumerate() {
+                let mut again = scene.open(named(agent, at)).unwrap();
+                for record in agent.records[again.receiver.next() as usize..].to_vec() {
+                    scene.steps.append(&again.writer, vec![record], agent.tally.clone());
+                }
+                scene.finish(&mut again, agent);
+            }
+            scene.steps.commit();
+            assert!(crowd.iter().all(|(_, writer)| writer.files.progress.borrow().finished.is_some()), "{fault}");
+        }
+    }
+
+    #[test]
+    fn many_small_files_are_stored_with_two_syncs_and_the_first_of_a_name_wins() {
+        let mut scene = Scene::new();
+        assert!(scene.verdict("first").unwrap());
+        let mut waiting: Vec<_> = (0..WORTH).map(|at| scene.settle(&format!("b{at}"), "{}")).collect();
+        let (same, other, late) = (scene.settle("b0", "{}"), scene.settle("b0", "other"), scene.settle("b", "late"));
+        scene.disk.seen();
+        scene.steps.commit();
+        let seen = scene.disk.seen();
+        let place = |step: &str| seen.iter().position(|seen| seen == step).unwrap();
+        assert!(place("syncfs builds") < place("rename verdict.json"), "{seen:?}");
+        assert_eq!(seen.iter().filter(|seen| *seen == "syncfs builds").count(), 2, "{seen:?}");
+        assert!(waiting.iter_mut().all(|kept| kept.try_recv().unwrap().unwrap()));
+        let told = [same, other, late].map(|mut kept| kept.try_recv().unwrap().unwrap());
+        assert_eq!(told, [true, false, false]);
+        assert_eq!(
+            (scene.contents("b0/verdict.json"), scene.contents("b/verdict.json")),
+            ("{}".into(), "first".into())
+        );
+    }
+
+    #[test]
+    fn many_small_files_that_could_not_be_stored_are_said_to_be_so() {
+        for fault in ["write verdict.tmp", "syncfs builds", "rename verdict.json"] {
+            let mut scene = Scene::new();
+            scene.disk.fail_always(fault, io::ErrorKind::Other);
+            for is_stored in [false, true] {
+                let waiting: Vec<_> = (0..WORTH).map(|at| scene.settle(&format!("b{at}"), "{}")).collect();
+                scene.steps.commit();
+                assert!(waiting.into_iter().all(|mut kept| kept.try_recv().unwrap().is_ok() == is_stored), "{fault}");
+                scene.disk.heal();
+            }
+        }
+    }
+
+    #[test]
     fn a_second_hello_does_not_wait_for_the_round_of_the_first() {
         let mut scene = Scene::new();
         let mut first = scene.ask(Agent::new(1).hello(0));
@@ -1002,7 +1192,7 @@ mod tests {
         for round in 0..2 {
             crowd.iter_mut().for_each(|(agent, writer)| scene.append(writer, agent, "line "));
             scene.steps.commit();
-            assert_eq!(scene.open_files(), 3 * 8, "round {round}");
+            assert_eq!(scene.open_files(), 2 * 8, "round {round}: log and index, there was no event");
         }
         assert!(crowd.iter().all(|(_, writer)| scene.read(writer) == "line line "));
     }
@@ -1144,11 +1334,30 @@ mod tests {
         }
 
         fn verdict(&mut self, contents: &str) -> io::Result<bool> {
-            let (reply, mut recorded) = oneshot::channel();
-            let build = "b".parse().unwrap();
-            self.steps.settle(NewFile { build, kept: Kept::Verdict, contents: contents.into(), reply });
+            let mut recorded = self.settle("b", contents);
             self.steps.commit();
             recorded.try_recv().unwrap()
+        }
+
+        fn settle(&mut self, build: &str, contents: &str) -> oneshot::Receiver<io::Result<bool>> {
+            let (reply, recorded) = oneshot::channel();
+            let build = build.parse().unwrap();
+            self.steps.settle(NewFile { build, kept: Kept::Verdict, contents: contents.into(), reply });
+            recorded
+        }
+
+        /// So many builds with an agent each, which have handed over a line and their end.
+        fn crowd_with_ends(&mut self, count: usize) -> Vec<(Agent, Writer)> {
+            let waiting: Vec<_> = (0..count).map(|at| self.ask(named(&Agent::new(1), at))).collect();
+            self.steps.commit();
+            let mut crowd = Vec::new();
+            for mut opened in waiting {
+                let (mut opened, mut agent) = (opened.try_recv().unwrap().unwrap(), Agent::new(1));
+                self.append(&opened.writer, &mut agent, "line");
+                self.finish(&mut opened, &agent);
+                crowd.push((agent, opened.writer));
+            }
+            crowd
         }
 
         /// From now on there is room for one write per piece of the reserve.
