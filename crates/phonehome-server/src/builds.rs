@@ -128,8 +128,8 @@ pub(crate) struct Build {
     cancel: watch::Sender<Option<Cancel>>,
     /// Wakes the clock when a deadline may have moved.
     touched: Notify,
-    /// Whether what an earlier process left has been taken up; nobody is seated before that.
-    taken_up: watch::Sender<bool>,
+    /// Fires when what an earlier process left has been taken up; nobody is seated before that.
+    taken_up: CancellationToken,
     /// Fires when somebody does not want to wait for a verdict that cannot be written down.
     hurried: CancellationToken,
     /// Wakes whoever keeps book when there is a new attempt.
@@ -142,14 +142,22 @@ pub(crate) struct Build {
 struct Inner {
     life: Life,
     attempts: Vec<Arc<AttemptFiles>>,
-    /// Agents that have had a seat, and their steps.
-    producers: BTreeSet<(StepName, ProducerId)>,
+    /// Agents that have had a seat, and their steps: few, as there are few attempts.
+    producers: Vec<(StepName, ProducerId)>,
     /// The connection of each step, to be told when a newer one takes over.
-    connections: BTreeMap<StepName, (Lease, CancellationToken)>,
+    connections: Vec<Seated>,
     /// Attempts whose end has made them send a part of their log again.
     rewound: BTreeSet<(StepName, Attempt)>,
     /// Since when nothing could be stored.
     storage_failing: Option<Instant>,
+}
+
+/// Who writes a step.
+#[derive(Debug)]
+struct Seated {
+    step: StepName,
+    lease: Lease,
+    superseded: CancellationToken,
 }
 
 impl Inner {
@@ -161,15 +169,29 @@ impl Inner {
     }
 
     fn new(life: Life) -> Self {
-        let (connections, producers, rewound) = (BTreeMap::new(), BTreeSet::new(), BTreeSet::new());
+        let (connections, producers, rewound) = (Vec::new(), Vec::new(), BTreeSet::new());
         Self { life, attempts: Vec::new(), producers, connections, rewound, storage_failing: None }
     }
 
     /// Whether the build has ended and this agent cannot have stored its end: it never had a seat, and its step has not
     /// finished. When the step has, the store turns everybody else away without making an attempt.
     fn is_over_for(&self, hello: &Hello) -> bool {
-        let had_seat = self.producers.contains(&(hello.step.clone(), hello.producer));
+        let had_seat = self.producers.iter().any(|(step, producer)| (step, producer) == (&hello.step, &hello.producer));
         self.life.has_ended() && !had_seat && !self.life.has_finished(&hello.step)
+    }
+
+    /// Gives a connection the seat of its step, and whoever had it makes room. Leases are given in one order and may get
+    /// here in another: the newer one has the seat.
+    fn take_seat(&mut self, step: &StepName, producer: ProducerId, lease: Lease, superseded: &CancellationToken) {
+        let seated = Seated { step: step.clone(), lease, superseded: superseded.clone() };
+        match self.connections.iter_mut().find(|seated| seated.step == *step) {
+            Some(newer) if newer.lease.is_newer_than(lease) => superseded.cancel(),
+            Some(older) => std::mem::replace(older, seated).superseded.cancel(),
+            None => self.connections.push(seated),
+        }
+        if !self.producers.iter().any(|known| (&known.0, known.1) == (step, producer)) {
+            self.producers.push((step.clone(), producer));
+        }
     }
 
     /// Adds an attempt; `false` when it is known.
@@ -234,7 +256,7 @@ impl Build {
             verdict: watch::Sender::new(None),
             cancel: watch::Sender::new(None),
             touched: Notify::new(),
-            taken_up: watch::Sender::new(false),
+            taken_up: CancellationToken::new(),
             hurried: CancellationToken::new(),
             arrived: Notify::new(),
             reports: Mutex::new(Vec::new()),
@@ -253,7 +275,7 @@ impl Build {
         let inner = build.inner.get_mut().unwrap_or_else(PoisonError::into_inner);
         inner.life.restore(verdict.clone());
         inner.attempts = attempts;
-        build.taken_up.send_replace(true);
+        build.taken_up.cancel();
         build.verdict.send_replace(Some(verdict));
         build
     }
@@ -298,7 +320,7 @@ impl Build {
             let expected = self.lock().life.step_list();
             return refuse(CloseCode::UnknownBuild, format!("step {} is not expected, only: {expected}", hello.step));
         }
-        drop(self.taken_up.subscribe().wait_for(|done| *done).await); // `self` holds the sender
+        self.taken_up.cancelled().await;
         if self.lock().is_over_for(&hello) {
             return Err(self.too_late());
         }
@@ -338,21 +360,12 @@ impl Build {
         let superseded = CancellationToken::new();
         let mut inner = self.lock();
         let lease = opened.writer.lease;
-        // Leases are given in one order and may get here in another: the newer one has the seat.
-        match inner.connections.get(step) {
-            Some((seated, _)) if seated.is_newer_than(lease) => superseded.cancel(),
-            Some(_) | None => {
-                if let Some((_, older)) = inner.connections.insert(step.clone(), (lease, superseded.clone())) {
-                    older.cancel();
-                }
-            }
-        }
+        inner.take_seat(step, producer, lease, &superseded);
         let files = &opened.writer.files;
         if inner.note_attempt(files) {
             info!(build = %self.id, %step, attempt = files.attempt, "connected");
             self.arrived.notify_one();
         }
-        inner.producers.insert((step.clone(), producer));
         if inner.rewound.contains(&(step.clone(), files.attempt)) {
             opened.receiver.note_rewound();
         }
@@ -444,7 +457,7 @@ impl Build {
             verdict = self.ended() => verdict,
             () = shutdown.cancelled() => return,
         };
-        self.write_down(&verdict, shutdown).await;
+        Box::pin(self.write_down(&verdict, shutdown)).await;
         info!(build = %self.id, complete = verdict.is_complete(), "{}", verdict.outcome);
         self.verdict.send_replace(Some(verdict));
         self.touch();
@@ -452,8 +465,8 @@ impl Build {
 
     /// Waits for the end.
     async fn ended(&self) -> Verdict {
-        self.take_up().await;
-        self.taken_up.send_replace(true);
+        Box::pin(self.take_up()).await; // a box that is gone when it waits for the end, as ten thousand do
+        self.taken_up.cancel();
         loop {
             if let Some(verdict) = self.lock().verdict(self.store.time_of_day()) {
                 return verdict;

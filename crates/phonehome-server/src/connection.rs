@@ -148,7 +148,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     ///
     /// A server has ten thousand of these futures, most of which wait. So what a connection does with a message is in a
     /// box that is gone when it waits again.
-    pub(crate) async fn run(mut self) {
+    pub(crate) async fn run(&mut self) {
         let hangup = match Box::pin(self.hello()).await {
             Ok(hello) => self.serve(hello).await,
             Err(hangup) => hangup,

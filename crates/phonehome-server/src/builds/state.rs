@@ -6,7 +6,7 @@
 //!    '----cancel, total or idle timeout, a step lost--> Ending --agents gone or grace over--> Ended(the same)
 //! ```
 
-use std::{collections::BTreeMap, fmt, time::Duration};
+use std::{fmt, time::Duration};
 
 use phonehome_proto::{
     frame::{Cancel, Counts, End, Finished, FinishedAck, UnixMicros, Usage},
@@ -203,11 +203,8 @@ impl fmt::Display for Outcome {
 #[derive(Debug)]
 pub(crate) struct Life {
     clocks: Clocks,
-    /// In the order of declaration.
-    order: Vec<StepName>,
-    steps: BTreeMap<StepName, Step>,
-    /// Of the steps that have been connected.
-    cuts: BTreeMap<StepName, Cuts>,
+    /// In the order of declaration. They are few, and builds are many: a map would take more than it saves.
+    steps: Vec<Declared>,
     started: Instant,
     /// Since when no agent is there although one is awaited: the start, or the end of a step.
     waiting: Instant,
@@ -215,12 +212,29 @@ pub(crate) struct Life {
     phase: Phase,
 }
 
+/// A step and how it stands.
+#[derive(Debug)]
+struct Declared {
+    name: StepName,
+    state: Step,
+    cuts: Cuts,
+}
+
 #[derive(Debug, Clone)]
 enum Step {
     Awaited,
     Connected,
     Away { since: Instant },
-    Finished { end: End, usage: Option<Usage>, counts: Counts, digest: Digest, answer: FinishedAck, confirmed: bool },
+    Finished(Box<Done>),
+}
+
+/// A step that has ended.
+#[derive(Debug, Clone)]
+struct Done {
+    told: Finished,
+    answer: FinishedAck,
+    /// Whether its agent has seen that.
+    confirmed: bool,
 }
 
 /// Connections of the newest attempt that came in place of one before them.
@@ -290,26 +304,41 @@ const AFTER_GRACE: Duration = Duration::from_secs(10);
 impl Life {
     /// A life that began at `started`, and for which nobody was there to wait for before `now`.
     pub(crate) fn new(steps: Vec<StepName>, clocks: Clocks, started: Instant, now: Instant) -> Self {
-        Self {
-            clocks,
-            steps: steps.iter().map(|step| (step.clone(), Step::Awaited)).collect(),
-            order: steps,
-            cuts: BTreeMap::new(),
-            started,
-            waiting: now,
-            last_output: now,
-            phase: Phase::Running,
+        let mut declared: Vec<Declared> = Vec::with_capacity(steps.len());
+        for name in steps {
+            if declared.iter().all(|known| known.name != name) {
+                declared.push(Declared { name, state: Step::Awaited, cuts: Cuts::default() });
+            }
         }
+        Self { clocks, steps: declared, started, waiting: now, last_output: now, phase: Phase::Running }
+    }
+
+    fn step(&self, name: &StepName) -> Option<&Declared> {
+        self.steps.iter().find(|step| step.name == *name)
+    }
+
+    fn state(&self, name: &StepName) -> Option<&Step> {
+        self.step(name).map(|step| &step.state)
+    }
+
+    fn step_mut(&mut self, name: &StepName) -> Option<&mut Declared> {
+        self.steps.iter_mut().find(|step| step.name == *name)
+    }
+
+    fn states(&self) -> impl Iterator<Item = &Step> {
+        self.steps.iter().map(|step| &step.state)
     }
 
     pub(crate) fn expects(&self, step: &StepName) -> bool {
-        self.steps.contains_key(step)
+        self.step(step).is_some()
     }
 
     /// Makes it one that has ended.
     pub(crate) fn restore(&mut self, verdict: Verdict) {
         for log in verdict.steps {
-            self.cuts.insert(log.step, Cuts { attempt: log.attempt, count: log.cuts });
+            if let Some(step) = self.step_mut(&log.step) {
+                step.cuts = Cuts { attempt: log.attempt, count: log.cuts };
+            }
         }
         self.phase = Phase::Ended { outcome: verdict.outcome, incomplete: verdict.incomplete };
     }
@@ -324,16 +353,16 @@ impl Life {
     }
 
     pub(crate) fn step_state(&self, step: &StepName) -> StepState {
-        match self.steps.get(step) {
+        match self.state(step) {
             Some(Step::Connected) => StepState::Connected,
-            Some(Step::Finished { .. }) => StepState::Finished,
+            Some(Step::Finished(_)) => StepState::Finished,
             Some(Step::Awaited | Step::Away { .. }) | None => StepState::Away,
         }
     }
 
     /// How often the connection of the step's newest attempt was cut.
     pub(crate) fn cut_count(&self, step: &StepName) -> u64 {
-        self.cuts.get(step).map_or(0, |cuts| cuts.count)
+        self.step(step).map_or(0, |step| step.cuts.count)
     }
 
     /// Whether nothing has stopped or ended it.
@@ -343,7 +372,7 @@ impl Life {
 
     /// Whether an agent is connected.
     pub(crate) fn has_agents(&self) -> bool {
-        self.steps.values().any(|step| matches!(step, Step::Connected))
+        self.states().any(|step| matches!(step, Step::Connected))
     }
 
     /// How long a vanished agent is waited for.
@@ -353,7 +382,7 @@ impl Life {
 
     /// The steps, as a person would list them.
     pub(crate) fn step_list(&self) -> String {
-        self.order.iter().map(StepName::as_str).collect::<Vec<_>>().join(", ")
+        self.steps.iter().map(|step| step.name.as_str()).collect::<Vec<_>>().join(", ")
     }
 
     /// Whether the verdict is known.
@@ -363,79 +392,46 @@ impl Life {
 
     /// Whether a step has its end.
     pub(crate) fn has_finished(&self, step: &StepName) -> bool {
-        matches!(self.steps.get(step), Some(Step::Finished { .. }))
+        matches!(self.state(step), Some(Step::Finished(_)))
     }
 
     /// The verdict, once it is known. `stored` tells what the store holds of a step, `ended` is the time of day.
     pub(crate) fn verdict(&self, stored: impl Fn(&StepName) -> Option<Stored>, ended: UnixMicros) -> Option<Verdict> {
         let Phase::Ended { outcome, incomplete } = &self.phase else { return None };
-        let steps = self.order.iter().filter_map(|name| Some(self.step_log(name, stored(name)?))).collect();
+        let steps = self.steps.iter().filter_map(|step| Some(step.log(stored(&step.name)?))).collect();
         Some(Verdict { outcome: outcome.clone(), incomplete: incomplete.clone(), steps, ended })
-    }
-
-    /// Of a complete log the agent's own account is told, which is what is stored, by definition.
-    fn step_log(&self, step: &StepName, stored: Stored) -> StepLog {
-        let told = match self.steps.get(step) {
-            Some(Step::Finished { counts, digest, answer: FinishedAck::Complete, .. }) => Some((*counts, *digest)),
-            Some(Step::Finished { .. } | Step::Awaited | Step::Connected | Step::Away { .. }) | None => None,
-        };
-        let complete = told.is_some();
-        let Stored { attempt, counts, digest } = stored;
-        let (counts, digest) = told.unwrap_or((counts, digest));
-        let (records, bytes) = (counts.records(), counts.output_bytes());
-        let cuts = self.cuts.get(step).filter(|cuts| cuts.attempt == attempt).map_or(0, |cuts| cuts.count);
-        let (end, usage) = self.told_end(step);
-        StepLog { step: step.clone(), attempt, complete, records, bytes, digest, cuts, end, usage }
-    }
-
-    /// How the agent says that a step's command has ended.
-    fn told_end(&self, step: &StepName) -> (Option<End>, Option<Usage>) {
-        match self.steps.get(step) {
-            Some(Step::Finished { end, usage, .. }) => (Some(end.clone()), *usage),
-            Some(Step::Awaited | Step::Connected | Step::Away { .. }) | None => (None, None),
-        }
     }
 
     /// Whether any agent has ever said hello.
     pub(crate) fn was_connected(&self) -> bool {
-        self.steps.values().any(|step| !matches!(step, Step::Awaited))
+        self.states().any(|step| !matches!(step, Step::Awaited))
     }
 
     /// Whether every step that finished has seen that its end was accepted.
     pub(crate) fn is_confirmed(&self) -> bool {
-        self.steps.values().all(|step| !matches!(step, Step::Finished { confirmed: false, .. }))
+        self.states().all(|step| !matches!(step, Step::Finished(done) if !done.confirmed))
     }
 
     pub(crate) fn handle_connected(&mut self, step: &StepName, attempt: Attempt, now: Instant) {
-        self.count_cut(step, attempt);
-        if let Some(state @ (Step::Awaited | Step::Away { .. })) = self.steps.get_mut(step) {
-            *state = Step::Connected;
+        let Some(step) = self.step_mut(step) else { return };
+        step.count_cut(attempt);
+        if let Step::Awaited | Step::Away { .. } = step.state {
+            step.state = Step::Connected;
             self.last_output = self.last_output.max(now);
-        }
-    }
-
-    /// A connection of an attempt that had one before is what a cut looks like from here, whether the older one is known
-    /// to be gone or still half open.
-    fn count_cut(&mut self, step: &StepName, attempt: Attempt) {
-        let is_open = !matches!(self.steps.get(step), Some(Step::Finished { .. }));
-        let cuts = self.cuts.entry(step.clone()).or_default();
-        if attempt > cuts.attempt {
-            *cuts = Cuts { attempt, count: 0 };
-        } else if attempt == cuts.attempt && is_open {
-            cuts.count += 1;
         }
     }
 
     /// An agent of the step had been there before this process was.
     pub(crate) fn handle_found(&mut self, step: &StepName, attempt: Attempt, now: Instant) {
-        self.count_cut(step, attempt);
-        if let Some(state @ Step::Awaited) = self.steps.get_mut(step) {
-            *state = Step::Away { since: now };
+        let Some(step) = self.step_mut(step) else { return };
+        step.count_cut(attempt);
+        if let Step::Awaited = step.state {
+            step.state = Step::Away { since: now };
         }
     }
 
     pub(crate) fn handle_disconnected(&mut self, step: &StepName, now: Instant) {
-        if let Some(state @ Step::Connected) = self.steps.get_mut(step) {
+        if let Some(Declared { state: state @ Step::Connected, .. }) = self.step_mut(step) {
             *state = Step::Away { since: now };
         }
     }
@@ -448,13 +444,13 @@ impl Life {
     pub(crate) fn handle_finished(
         &mut self,
         step: &StepName,
-        finished: Finished,
+        told: Finished,
         answer: FinishedAck,
         now: Instant,
     ) -> Action {
-        if let Some(state @ (Step::Awaited | Step::Connected | Step::Away { .. })) = self.steps.get_mut(step) {
-            let Finished { end, usage, counts, digest, .. } = finished;
-            *state = Step::Finished { end, usage, counts, digest, answer, confirmed: false };
+        let open = self.step_mut(step).map(|step| &mut step.state);
+        if let Some(state @ (Step::Awaited | Step::Connected | Step::Away { .. })) = open {
+            *state = Step::Finished(Box::new(Done { told, answer, confirmed: false }));
             self.waiting = now;
         }
         self.settle()
@@ -462,8 +458,8 @@ impl Life {
 
     /// The agent has seen that its end was accepted.
     pub(crate) fn handle_confirmed(&mut self, step: &StepName) {
-        if let Some(Step::Finished { confirmed, .. }) = self.steps.get_mut(step) {
-            *confirmed = true;
+        if let Some(Declared { state: Step::Finished(done), .. }) = self.step_mut(step) {
+            done.confirmed = true;
         }
     }
 
@@ -507,10 +503,10 @@ impl Life {
     fn clocks(&self) -> Vec<(Instant, Outcome)> {
         let connected = self.has_agents();
         let away = |step: &Step| if let Step::Away { since } = step { Some(*since) } else { None };
-        let lost = self.steps.iter().filter_map(|(step, state)| Some((away(state)? + self.clocks.lost?, step)));
+        let lost = self.steps.iter().filter_map(|step| Some((away(&step.state)? + self.clocks.lost?, &step.name)));
         let mut clocks: Vec<_> = lost.map(|(at, step)| (at, Outcome::Lost { step: step.clone() })).collect();
         let timed_out = |clock| Outcome::TimedOut { clock };
-        let awaited = self.steps.values().any(|step| matches!(step, Step::Awaited));
+        let awaited = self.states().any(|step| matches!(step, Step::Awaited));
         if awaited && !connected && clocks.is_empty() {
             clocks.extend(self.clocks.connect.map(|limit| (self.waiting + limit, timed_out(Clock::NeverConnected))));
         }
@@ -534,11 +530,11 @@ impl Life {
     /// Ends the build if nothing is left to wait for.
     fn settle(&mut self) -> Action {
         match &self.phase {
-            Phase::Running if self.steps.values().all(|step| matches!(step, Step::Finished { .. })) => {
+            Phase::Running if self.states().all(|step| matches!(step, Step::Finished(_))) => {
                 let outcome = self.judge();
                 self.end(outcome)
             }
-            Phase::Ending { outcome, .. } if !self.steps.values().any(|step| self.is_stoppable(step)) => {
+            Phase::Ending { outcome, .. } if !self.states().any(|step| self.is_stoppable(step)) => {
                 self.end(outcome.clone())
             }
             Phase::Running | Phase::Ending { .. } | Phase::Ended { .. } => Action::Nothing,
@@ -550,29 +546,80 @@ impl Life {
         match step {
             Step::Connected => true,
             Step::Away { .. } => !matches!(self.phase, Phase::Ending { outcome: Outcome::Lost { .. }, .. }),
-            Step::Awaited | Step::Finished { .. } => false,
+            Step::Awaited | Step::Finished(_) => false,
         }
     }
 
     fn judge(&self) -> Outcome {
-        let failed = self.order.iter().find_map(|name| match self.steps.get(name)? {
-            Step::Finished { end, .. } if end.code() != 0 => Some((name.clone(), end.clone())),
-            Step::Finished { .. } | Step::Awaited | Step::Connected | Step::Away { .. } => None,
-        });
-        failed.map_or(Outcome::Succeeded, |(step, end)| Outcome::Failed { step, end })
+        let failed = self.steps.iter().find_map(|step| Some((&step.name, step.done().filter(|done| done.failed())?)));
+        failed.map_or(Outcome::Succeeded, |(step, done)| Outcome::Failed {
+            step: step.clone(),
+            end: done.told.end.clone(),
+        })
     }
 
     fn end(&mut self, outcome: Outcome) -> Action {
-        let incomplete = self.order.iter().find_map(|name| match self.steps.get(name)? {
-            Step::Finished { answer: FinishedAck::Complete, .. } => None,
-            Step::Finished { answer: FinishedAck::Incomplete(reason), .. } => Some(format!("step {name}: {reason}")),
-            Step::Finished { answer: FinishedAck::Resume(_), .. } | Step::Connected | Step::Away { .. } => {
-                Some(format!("step {name}: its end never arrived"))
-            }
-            Step::Awaited => Some(format!("step {name} never connected")),
-        });
+        let incomplete = self.steps.iter().find_map(Declared::incomplete);
         self.phase = Phase::Ended { outcome, incomplete };
         Action::End
+    }
+}
+
+impl Declared {
+    fn done(&self) -> Option<&Done> {
+        match &self.state {
+            Step::Finished(done) => Some(done),
+            Step::Awaited | Step::Connected | Step::Away { .. } => None,
+        }
+    }
+
+    /// A connection of an attempt that had one before is what a cut looks like from here, whether the older one is known
+    /// to be gone or still half open.
+    fn count_cut(&mut self, attempt: Attempt) {
+        if attempt > self.cuts.attempt {
+            self.cuts = Cuts { attempt, count: 0 };
+        } else if attempt == self.cuts.attempt && self.done().is_none() {
+            self.cuts.count += 1;
+        }
+    }
+
+    /// Of a complete log the agent's own account is told, which is what is stored, by definition.
+    fn log(&self, stored: Stored) -> StepLog {
+        let Stored { attempt, counts, digest } = stored;
+        let done = self.done();
+        let proven = done.filter(|done| done.answer == FinishedAck::Complete).map(|done| &done.told);
+        let (counts, digest) = proven.map_or((counts, digest), |told| (told.counts, told.digest));
+        StepLog {
+            step: self.name.clone(),
+            attempt,
+            complete: proven.is_some(),
+            records: counts.records(),
+            bytes: counts.output_bytes(),
+            digest,
+            cuts: if self.cuts.attempt == attempt { self.cuts.count } else { 0 },
+            end: done.map(|done| done.told.end.clone()),
+            usage: done.and_then(|done| done.told.usage),
+        }
+    }
+
+    /// Why its log is not proven complete, if it is not.
+    fn incomplete(&self) -> Option<String> {
+        let name = &self.name;
+        match &self.state {
+            Step::Finished(done) => match &done.answer {
+                FinishedAck::Complete => None,
+                FinishedAck::Incomplete(reason) => Some(format!("step {name}: {reason}")),
+                FinishedAck::Resume(_) => Some(format!("step {name}: its end never arrived")),
+            },
+            Step::Connected | Step::Away { .. } => Some(format!("step {name}: its end never arrived")),
+            Step::Awaited => Some(format!("step {name} never connected")),
+        }
+    }
+}
+
+impl Done {
+    fn failed(&self) -> bool {
+        self.told.end.code() != 0
     }
 }
 
