@@ -29,6 +29,7 @@ use rustls::ServerConfig;
 use tokio::{
     io::{AsyncRead, AsyncWrite, AsyncWriteExt},
     net::{TcpListener, TcpStream},
+    sync::OwnedSemaphorePermit,
     time::{Instant, sleep, sleep_until, timeout, timeout_at},
 };
 use tokio_rustls::TlsAcceptor;
@@ -212,13 +213,13 @@ impl Visitor {
         let key = websocket_key(&request)?.clone();
         let codec = codec(request.headers())?;
         if self.shared.draining.is_cancelled() {
-            let mut response = text(StatusCode::SERVICE_UNAVAILABLE, "the server is draining, come back soon\n");
-            response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
-            return Err(response);
+            return Err(come_back("1", "the server is draining, come back soon\n"));
         }
         let build = self.build(request.headers()).await?;
+        let place = self.shared.places.clone().try_acquire_owned();
+        let place = place.map_err(|_| come_back(CROWDED_FOR, "as many agents are connected as may be\n"))?;
         let upgraded = hyper::upgrade::on(&mut request);
-        let connection = welcome(upgraded, codec, build, self.shared.clone());
+        let connection = welcome(upgraded, codec, build, self.shared.clone(), place);
         self.tasks.spawn(connection.in_current_span());
         let mut response = Response::new(body(""));
         *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
@@ -281,6 +282,9 @@ impl Visitor {
 /// Where agents connect, whatever prefix a proxy left in front of it.
 const AGENT_PATH: &str = "/v1/agent";
 
+/// After how many seconds an agent asks again that has found no place.
+const CROWDED_FOR: &str = "5";
+
 /// Longest request head, bytes; a longer one is answered 431.
 const MAX_HEAD: usize = 16 * 1024;
 
@@ -331,14 +335,26 @@ fn body(text: &'static str) -> Body {
     Full::from(text).map_err(|never| match never {}).boxed_unsync()
 }
 
+fn come_back(seconds: &'static str, why: &'static str) -> Response<Body> {
+    let mut response = text(StatusCode::SERVICE_UNAVAILABLE, why);
+    response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static(seconds));
+    response
+}
+
 fn text(status: StatusCode, text: &'static str) -> Response<Body> {
     let mut response = Response::new(body(text));
     *response.status_mut() = status;
     response
 }
 
-/// Runs an agent's connection once the upgrade is through.
-async fn welcome(upgraded: OnUpgrade, codec: Codec, build: Arc<Build>, shared: Arc<Shared>) {
+/// Runs an agent's connection once the upgrade is through. Its place is free again when it has ended.
+async fn welcome(
+    upgraded: OnUpgrade,
+    codec: Codec,
+    build: Arc<Build>,
+    shared: Arc<Shared>,
+    _place: OwnedSemaphorePermit,
+) {
     match timeout(HANDSHAKE_TIMEOUT, upgraded).await {
         Ok(Ok(upgraded)) => {
             let stream = Burst::new(TokioIo::new(upgraded));
@@ -380,7 +396,7 @@ mod tests {
     };
 
     use super::*;
-    use crate::{Config, Durability, Server};
+    use crate::{Config, Durability, Expected, Server};
 
     #[tokio::test]
     async fn a_head_that_is_too_long_or_has_too_many_lines_is_answered_431() {
@@ -444,6 +460,21 @@ mod tests {
         assert!(server.visitor().shared.strangers.count() <= 64);
     }
 
+    #[tokio::test]
+    async fn beyond_the_limit_an_agent_is_told_to_come_back_and_finds_the_place_of_one_that_left() {
+        let scene = Scene::new();
+        let build = scene.server.expect(Expected::new("b".parse().unwrap())).unwrap();
+        scene.server.visitor().shared.places.forget_permits(tokio::sync::Semaphore::MAX_PERMITS - 1);
+        let (seated, answer) = scene.call(build.token()).await;
+        assert!(answer.starts_with("HTTP/1.1 101"), "{answer}");
+        let (_, answer) = scene.call(build.token()).await;
+        assert!(answer.starts_with("HTTP/1.1 503") && answer.contains("retry-after: 5\r\n"), "{answer}");
+        drop(seated);
+        let places = scene.server.visitor().shared.places.clone();
+        drop(timeout(HANDSHAKE_TIMEOUT, places.acquire()).await.expect("the place is free again").unwrap());
+        assert!(scene.call(build.token()).await.1.starts_with("HTTP/1.1 101"));
+    }
+
     struct Scene {
         server: Server,
         _dir: tempfile::TempDir,
@@ -455,6 +486,22 @@ mod tests {
             let (listen, data) = ("127.0.0.1:0".parse().unwrap(), dir.path().to_owned());
             let config = Config { listen, tls: false, data, durability: Durability::Os };
             Self { server: Server::deaf(phonehome_env::Env::real(), &config).unwrap(), _dir: dir }
+        }
+
+        /// An agent's upgrade, and the head of the answer.
+        async fn call(&self, token: &str) -> (DuplexStream, String) {
+            let (mut client, _served) = self.connect();
+            let request = format!(
+                "GET /v1/agent HTTP/1.1\r\nHost: b\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\
+                 Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\
+                 Sec-WebSocket-Protocol: phonehome.v1\r\nAuthorization: Bearer {token}\r\n\r\n"
+            );
+            client.write_all(request.as_bytes()).await.unwrap();
+            let mut head = Vec::new();
+            while !head.ends_with(b"\r\n\r\n") {
+                head.push(client.read_u8().await.unwrap());
+            }
+            (client, String::from_utf8(head).unwrap())
         }
 
         fn connect(&self) -> (DuplexStream, JoinHandle<io::Result<()>>) {

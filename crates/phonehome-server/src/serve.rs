@@ -48,6 +48,8 @@ pub(crate) struct Settings {
     pub(crate) tls: bool,
     /// Builds that may run at once.
     pub(crate) max_builds: usize,
+    /// Agents that may be connected at once.
+    pub(crate) max_agents: usize,
     /// Bytes per second that a build may send; `None` is no limit.
     pub(crate) build_rate: Option<u64>,
     /// Bytes that a build may store; `None` is no limit.
@@ -97,6 +99,8 @@ pub(crate) struct Standing {
     pub(crate) pin: Option<String>,
     tasks: Tasks,
     pub(crate) readers: Readers,
+    /// Held by who writes in the catalogue what has become of a build.
+    book: tokio::sync::Mutex<()>,
     /// Ended builds that somebody reads.
     archived: Mutex<BTreeMap<BuildId, Weak<Build>>>,
     /// Keeps other processes out of the data directory.
@@ -163,13 +167,25 @@ impl Standing {
     ) -> io::Result<Arc<Self>> {
         let data = shared.store.data().to_owned();
         let catalogue = shared.env.blocking(move || Catalogue::open(&data)).await?;
-        let archived = Mutex::default();
+        let (book, archived) = Default::default();
         let (keys, pin) = identity.map(|identity| (identity.keys.clone(), identity.pin.clone())).unzip();
         let probe = Probe::new(&shared.env, shared.store.data());
         let _lock = lock;
         let readers = Readers::default();
-        let standing =
-            Arc::new(Self { shared, catalogue, settings, tokens, keys, probe, pin, tasks, readers, archived, _lock });
+        let standing = Arc::new(Self {
+            shared,
+            catalogue,
+            settings,
+            tokens,
+            keys,
+            probe,
+            pin,
+            tasks,
+            readers,
+            book,
+            archived,
+            _lock,
+        });
         let (catalogue, store) = (standing.catalogue.clone(), standing.shared.store.clone());
         let running = standing.shared.env.blocking(move || reconcile(&catalogue, &store, &mut |_, _| {})).await?;
         for (id, declaration, reports) in running {
@@ -237,26 +253,31 @@ impl Standing {
         Ok(build)
     }
 
-    /// Keeps book of a build until it leaves memory.
+    /// Watches the clocks of a build, and keeps book of it until it leaves memory. One task does both: there are ten
+    /// thousand of them.
     fn attend(self: &Arc<Self>, build: Arc<Build>) {
-        let (clock, shutdown) = (build.clone(), self.shared.shutdown.clone());
-        self.tasks.spawn(async move { clock.watch_clocks(&shutdown).await });
-        let (standing, shutdown) = (self.clone(), self.shared.shutdown.clone());
+        let standing = self.clone();
         self.tasks.spawn(async move {
-            shutdown.run_until_cancelled(standing.keep_book(build)).await;
+            let shutdown = &standing.shared.shutdown;
+            let book = shutdown.run_until_cancelled(standing.keep_book(&build));
+            tokio::join!(build.watch_clocks(shutdown), book);
         });
     }
 
-    async fn keep_book(&self, build: Arc<Build>) {
+    async fn keep_book(&self, build: &Arc<Build>) {
         loop {
-            self.enter_aside(&build).await;
+            Box::pin(self.enter_aside(build)).await;
             tokio::select! {
                 biased; // the verdict is the last change
-                verdict = build.verdict() => break self.tell_verdict(&build, &verdict),
+                verdict = build.verdict() => break self.tell_verdict(build, &verdict),
                 () = build.arrival() => {}
             }
         }
-        self.enter_aside(&build).await;
+        Box::pin(self.close_book(build)).await;
+    }
+
+    async fn close_book(&self, build: &Arc<Build>) {
+        self.enter_aside(build).await;
         drop(timeout(CONFIRMATION, build.confirmed()).await); // an agent that never comes back is not waited for
         sleep(self.settings.care.seal_after.map_or(LINGER, |after| after.min(LINGER))).await;
         self.let_go(&build.id).await;
@@ -278,7 +299,9 @@ impl Standing {
         }
     }
 
+    /// One at a time: of ten thousand that come at once, each would have a thread that waits for the catalogue.
     async fn enter_aside(&self, build: &Arc<Build>) {
+        let _turn = self.book.lock().await;
         let (catalogue, entered) = (self.catalogue.clone(), build.clone());
         let result = self.shared.env.blocking(move || catalogue.put(&entry(&entered)?)).await;
         if let Err(error) = result {

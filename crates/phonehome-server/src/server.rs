@@ -11,7 +11,11 @@ use std::{
 
 use phonehome_env::{Env, network::Transport};
 use phonehome_proto::id::{BuildId, StepName};
-use tokio::{net::TcpListener, sync::Notify, time::timeout};
+use tokio::{
+    net::TcpListener,
+    sync::{Notify, Semaphore},
+    time::timeout,
+};
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
@@ -73,6 +77,8 @@ pub(crate) struct Shared {
     pub(crate) agents: std::sync::atomic::AtomicU64,
     pub(crate) shutdown: CancellationToken,
     pub(crate) strangers: Strangers,
+    /// One for each agent that may still connect.
+    pub(crate) places: Arc<Semaphore>,
     /// Fires before `shutdown`: agents are told to look for another server, and requests are still answered.
     pub(crate) draining: CancellationToken,
     /// Told when an agent has left.
@@ -209,6 +215,7 @@ impl Server {
         server.address = socket.local_addr().map_err(bind)?;
         server.pin = identity.as_ref().map(|identity| identity.pin.clone());
         server.shared.strangers.limit(outfit.strangers);
+        server.shared.places.forget_permits(Semaphore::MAX_PERMITS.saturating_sub(settings.max_agents));
         if let Some((destination, form)) = outfit.lifecycle {
             let lifecycle = Lifecycle::open(&env, destination, form).map_err(StartError::Lifecycle)?;
             server.shared.lifecycle.get_or_init(|| lifecycle);
@@ -250,6 +257,7 @@ impl Server {
             #[cfg(feature = "http")]
             lifecycle: std::sync::OnceLock::new(),
             strangers: Strangers::new(StrangerLimits::default()),
+            places: Arc::new(Semaphore::new(Semaphore::MAX_PERMITS)),
             refusals: Mutex::new(None),
         });
         let address = SocketAddr::from(([0, 0, 0, 0], 0));

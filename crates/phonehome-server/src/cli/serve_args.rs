@@ -13,6 +13,7 @@ use std::{
 use anyhow::{Context, ensure};
 use bytesize::ByteSize;
 use clap::{CommandFactory, FromArgMatches, Parser, ValueEnum, builder::Resettable};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use sd_notify::NotifyState;
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
@@ -132,6 +133,10 @@ pub(super) struct ServeArgs {
     /// Builds that may run at once
     #[arg(long, value_name = "N", default_value = "20000", env = "PHONEHOME_MAX_BUILDS", help_heading = "Limits")]
     max_builds: usize,
+
+    /// Agents that may be connected at once; others are told to come back
+    #[arg(long, value_name = "N", default_value = "12000", env = "PHONEHOME_MAX_AGENTS", help_heading = "Limits")]
+    max_agents: usize,
 
     /// Sockets that have not shown a token yet; when there are more, the oldest gives way
     #[arg(long, value_name = "N", default_value = "512", env = "PHONEHOME_MAX_STRANGERS", help_heading = "Limits")]
@@ -293,6 +298,9 @@ struct Checked {
     drain_timeout: Duration,
 }
 
+/// Descriptors that are not agents' sockets: three files of each of 1,536 attempts, and what callers and readers have.
+const OTHER_DESCRIPTORS: usize = 8000;
+
 /// Longest file with a token, bytes.
 const MAX_TOKEN: u64 = 4096;
 
@@ -329,6 +337,7 @@ pub(super) fn run(args: &ServeArgs) -> anyhow::Result<()> {
 
 async fn serve(checked: Checked) -> anyhow::Result<()> {
     let mut signals = Signals::catch()?;
+    raise_descriptor_limit(checked.settings.max_agents);
     let writes_lines = matches!(checked.outfit.lifecycle, Some((Destination::Stdout, _)));
     let Stood { server, standing, new_tokens, renewal } =
         Server::stand(checked.config, checked.settings, checked.outfit).await?;
@@ -359,6 +368,18 @@ async fn serve(checked: Checked) -> anyhow::Result<()> {
         lifecycle.flush(LAST_LINES).await;
     }
     Ok(())
+}
+
+/// One for each agent's socket, and those of files, readers and callers, as far as the system allows it.
+fn raise_descriptor_limit(agents: usize) {
+    let limit = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
+        warn!("the limit of descriptors cannot be raised: {error}");
+    }
+    let wanted = agents.saturating_add(OTHER_DESCRIPTORS);
+    if let Some(limit) = getrlimit(Resource::Nofile).current.filter(|limit| *limit < wanted as u64) {
+        warn!("{agents} agents may need {wanted} descriptors, the limit is {limit}: raise it, or lower --max-agents");
+    }
 }
 
 /// Shows tokens that were made, the only time that anybody can see them. The log never has them.
@@ -528,6 +549,7 @@ fn settings(args: &ServeArgs, tls: bool) -> Settings {
         advertise: args.advertise.clone(),
         tls,
         max_builds: args.max_builds,
+        max_agents: args.max_agents,
         build_rate: args.build_rate.0.map(|size| size.as_u64()),
         build_quota: args.build_quota.0.map(|size| size.as_u64()),
         min_free: args.min_free.as_u64(),

@@ -3,7 +3,7 @@
 use std::{
     fs,
     net::{Ipv4Addr, SocketAddr, TcpListener},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::Stdio,
     time::Duration,
 };
@@ -35,10 +35,10 @@ const TOKEN: &str = "phonehome_admin_of-a-swarm";
 const START_LIMIT: Duration = Duration::from_secs(30);
 
 impl Program {
-    pub(crate) fn new(file: &PathBuf, options: &Options) -> Result<Self> {
+    pub(crate) fn new(file: &Path, options: &Options) -> Result<Self> {
         let address = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?; // it stays free for this moment
         let data = options.data.clone().unwrap_or_default();
-        let (file, tls, options) = (file.clone(), options.tls, options.server_options.clone());
+        let (file, tls, options) = (file.to_owned(), options.tls, options.server_options.clone());
         Ok(Self { file, data, address, tls, options, running: None })
     }
 
