@@ -193,7 +193,7 @@ fn websocat(tools: &Tools, workload: Workload) -> Result<()> {
     let port = free_port()?;
     let address = format!("127.0.0.1:{port}");
     let mut receiver = Command::new("websocat");
-    receiver.args(["-b", "-u", "-E", "--oneshot", &format!("ws-l:{address}"), "-"]).stdin(Stdio::null());
+    receiver.args(["-b", "-u", "--oneshot", &format!("ws-l:{address}"), "-"]).stdin(Stdio::null());
     let receiver = receiver.stdout(Stdio::null()).spawn()?;
     while !is_listening(port)? {
         std::thread::yield_now();
