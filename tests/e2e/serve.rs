@@ -303,3 +303,69 @@ async fn what_is_beyond_the_quota_is_left_out_and_said_and_the_build_goes_on() {
     let stored = standing.stored("b", "main").len();
     assert!((512 * 1024..=1024 * 1024 + 65536).contains(&stored), "{stored} bytes are stored");
 }
+
+/// Who hangs up while a build is being declared may declare it again.
+#[tokio::test]
+async fn a_declaration_that_nobody_waits_for_is_whole() {
+    use tokio::io::AsyncWriteExt;
+    let mut standing = Standing::start(&[]).await;
+    let declaration = |at: usize| json!({"id": format!("b{at}"), "token": format!("phonehome_build_{at:064x}")});
+    for at in 0..30 {
+        let body = declaration(at).to_string();
+        let head = format!(
+            "POST /api/v1/builds HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {ADMIN}\r\n\
+             Content-Type: application/json\r\nContent-Length: {}\r\n\r\n",
+            body.len()
+        );
+        let mut stream = tokio::net::TcpStream::connect(standing.address).await.unwrap();
+        stream.write_all(format!("{head}{body}").as_bytes()).await.unwrap();
+        if at % 2 == 0 {
+            stream.shutdown().await.unwrap();
+        }
+    }
+    for _ in 0..2 {
+        for at in 0..30 {
+            standing.declare(declaration(at)).await;
+            assert_eq!(standing.get(&format!("/api/v1/builds/b{at}")).await.status, 200);
+        }
+        standing.crash().await;
+    }
+}
+
+#[tokio::test]
+async fn a_damaged_build_keeps_no_server_from_starting() {
+    let mut standing = Standing::start(&[]).await;
+    for id in ["good", "damaged"] {
+        let token = standing.declare_one(id).await;
+        assert_eq!(standing.agent(id, &token, &[], "echo hello").ended().await, 0);
+        standing.ended(id).await;
+    }
+    std::fs::remove_file(standing.data.join("builds/damaged/main/1/events")).unwrap();
+    standing.process.signal(rustix::process::Signal::TERM);
+    assert_eq!(standing.process.ended().await, 0);
+    for name in ["catalogue.db", "catalogue.db-wal", "catalogue.db-shm"] {
+        drop(std::fs::remove_file(standing.data.join(name))); // not each is there
+    }
+    standing.start_again().await;
+    standing.process.stderr.shows("left alone").await;
+    assert_eq!(standing.get("/api/v1/builds/good").await.status, 200);
+}
+
+/// Two things that happen again and again leave room for a third.
+#[tokio::test]
+async fn what_is_told_again_is_counted() {
+    let mut standing = Standing::start(&[]).await;
+    standing.declare_one("b").await;
+    for count in 1..=150 {
+        for reason in ["Pulling", "BackOff"] {
+            let told = json!({"reason": reason, "message": "again", "count": count});
+            assert_eq!(standing.post("/api/v1/builds/b/events", told).await.status, 202);
+        }
+    }
+    assert_eq!(standing.post("/api/v1/builds/b/events", json!({"reason": "Failed"})).await.status, 202);
+    let reports = standing.get("/api/v1/builds/b").await.json()["reports"].clone();
+    assert_eq!((reports.as_array().unwrap().len(), &reports[0]["count"]), (3, &json!(150)));
+    standing.crash().await;
+    let kept = standing.get("/api/v1/builds/b").await.json()["reports"].clone();
+    assert_eq!((kept.as_array().unwrap().len(), &kept[0]["count"]), (3, &json!(128)), "written when it doubles");
+}

@@ -42,7 +42,7 @@ use self::{
 };
 use crate::{
     declaration::Declaration,
-    report::Report,
+    report::{MAX_REPORTS, Report},
     store::{AttemptFiles, OpenError, Opened, Store, Surveyed, archive},
 };
 
@@ -94,8 +94,12 @@ impl Builds {
 
     /// The build that a token is for.
     pub(crate) fn by_token(&self, token: &str) -> Option<Arc<Build>> {
+        self.by_token_hash(&hash_token(token))
+    }
+
+    pub(crate) fn by_token_hash(&self, token: &TokenHash) -> Option<Arc<Build>> {
         let known = self.lock();
-        known.builds.get(known.tokens.get(&hash_token(token).0)?).cloned()
+        known.builds.get(known.tokens.get(&token.0)?).cloned()
     }
 
     /// Whether nothing is expected so far, so that nothing is known about any token.
@@ -222,6 +226,18 @@ impl Inner {
 fn stored(files: &AttemptFiles) -> Stored {
     let tally = files.progress.borrow().tally.clone();
     Stored { attempt: files.attempt, counts: tally.counts(), digest: tally.digest() }
+}
+
+/// What a report is to a build.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Noted {
+    /// It is known, and may have happened so much more often, at a power of two, that this should be written down.
+    Again {
+        is_worth_writing: bool,
+    },
+    /// There are as many as are kept.
+    Full,
+    New,
 }
 
 /// A connection's place in its build.
@@ -616,9 +632,27 @@ impl Build {
         self.reports.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Adds to what was told.
+    /// What a report would be to this build.
+    pub(crate) fn noted(&self, report: &Report) -> Noted {
+        let reports = self.reports.lock().unwrap_or_else(PoisonError::into_inner);
+        match reports.iter().find(|known| known.repeats(report)) {
+            Some(known) => Noted::Again { is_worth_writing: report.count.max(1).ilog2() > known.count.max(1).ilog2() },
+            None if reports.len() >= MAX_REPORTS => Noted::Full,
+            None => Noted::New,
+        }
+    }
+
+    /// Adds to what was told. The same thing again stays in its place, with the higher count.
     pub(crate) fn note_reports(&self, told: impl IntoIterator<Item = Report>) {
-        self.reports.lock().unwrap_or_else(PoisonError::into_inner).extend(told.into_iter().map(Arc::new));
+        let mut reports = self.reports.lock().unwrap_or_else(PoisonError::into_inner);
+        for report in told {
+            match reports.iter_mut().find(|known| known.repeats(&report)) {
+                Some(known) if known.count < report.count => *known = Arc::new(report),
+                Some(_) => {}
+                None => reports.push(Arc::new(report)),
+            }
+        }
+        drop(reports);
         self.changed.send_modify(|version| *version += 1);
     }
 

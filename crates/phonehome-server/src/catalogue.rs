@@ -58,7 +58,7 @@ pub(crate) struct Page {
 pub(crate) const FILE: &str = "catalogue.db";
 
 /// Raised with every change of the tables: an older database is made again.
-const VERSION: i64 = 1;
+const VERSION: i64 = 2;
 
 /// Removals that are remembered.
 const REMEMBERED: i64 = 10_000;
@@ -71,7 +71,7 @@ const SCHEMA: &str = "
     CREATE INDEX builds_by_time ON builds (created DESC, id DESC);
     CREATE INDEX builds_by_end ON builds (ended) WHERE ended IS NOT NULL;
     CREATE INDEX builds_by_verdict ON builds (verdict, created DESC);
-    CREATE UNIQUE INDEX builds_by_token ON builds (token);
+    CREATE INDEX builds_by_token ON builds (token);
     CREATE TABLE labels (
         build TEXT NOT NULL REFERENCES builds (id) ON DELETE CASCADE, key TEXT NOT NULL, value TEXT NOT NULL,
         PRIMARY KEY (build, key)

@@ -16,11 +16,12 @@ use phonehome_env::{
     disk::{Disk, File, Open},
 };
 use phonehome_proto::id::BuildId;
+use tokio::sync::Semaphore;
 use tokio::time::{sleep, timeout};
 use tracing::{debug, info, warn};
 
 use crate::{
-    builds::{Build, Clocks, Verdict, hash_token},
+    builds::{Build, Clocks, Noted, TokenHash, Verdict, hash_token},
     catalogue::{Catalogue, Entry},
     declaration::Declaration,
     http::readers::Readers,
@@ -100,7 +101,7 @@ pub(crate) struct Standing {
     tasks: Tasks,
     pub(crate) readers: Readers,
     /// Held by who writes in the catalogue what has become of a build.
-    book: tokio::sync::Mutex<()>,
+    book: Semaphore,
     /// Ended builds that somebody reads.
     archived: Mutex<BTreeMap<BuildId, Weak<Build>>>,
     /// Keeps other processes out of the data directory.
@@ -149,6 +150,9 @@ pub(crate) enum ReportError {
     Storage(#[from] io::Error),
 }
 
+/// Entries that are written to the catalogue at once.
+const BOOKKEEPERS: usize = 4;
+
 /// How long finished agents get to hear that their end was accepted, before their build leaves memory.
 const CONFIRMATION: Duration = Duration::from_secs(60);
 
@@ -167,7 +171,7 @@ impl Standing {
     ) -> io::Result<Arc<Self>> {
         let data = shared.store.data().to_owned();
         let catalogue = shared.env.blocking(move || Catalogue::open(&data)).await?;
-        let (book, archived) = Default::default();
+        let (book, archived) = (Semaphore::new(BOOKKEEPERS), Mutex::default());
         let (keys, pin) = identity.map(|identity| (identity.keys.clone(), identity.pin.clone())).unzip();
         let probe = Probe::new(&shared.env, shared.store.data());
         let _lock = lock;
@@ -218,18 +222,25 @@ impl Standing {
         }
     }
 
-    /// Starts to wait for a new build. Declaring the same build with the same token again changes nothing.
+    /// Starts to wait for a new build. Declaring the same build with the same token again changes nothing. What was begun
+    /// is done also when whoever asked does not wait for it.
     pub(crate) async fn declare(
         self: &Arc<Self>,
         declare: Declare,
         timeouts: Clocks,
     ) -> Result<Arc<Build>, DeclareError> {
+        let standing = self.clone();
+        let declared = tokio::spawn(async move { standing.declare_whole(declare, timeouts).await });
+        declared.await.map_err(io::Error::other)?
+    }
+
+    async fn declare_whole(self: &Arc<Self>, declare: Declare, timeouts: Clocks) -> Result<Arc<Build>, DeclareError> {
         let Declare { id, steps, labels, token } = declare;
+        let token = hash_token(&token);
         if let Some(known) = self.find(&id).await? {
-            let is_same = known.declaration.token == hash_token(&token) && known.known_verdict().is_none();
-            return if is_same { Ok(known) } else { Err(DeclareError::Known(id)) };
+            return same(known, token);
         }
-        if self.by_token(&token).await?.is_some() {
+        if self.by_token_hash(token).await?.is_some() {
             return Err(DeclareError::SameToken);
         }
         let running = self.shared.builds.count();
@@ -237,20 +248,35 @@ impl Standing {
             return Err(DeclareError::TooMany(running));
         }
         let created = self.shared.env.nature.now();
-        let declaration = Declaration { created, steps, labels, timeouts, token: hash_token(&token) };
+        let mut declaration = Declaration { created, steps, labels, timeouts, token };
         if !self.shared.store.declare(&id, declaration.to_json()).await? {
-            return Err(DeclareError::Known(id)); // somebody else was quicker
+            declaration = self.declared_before(&id, token).await?;
         }
         self.limit(&id).await?;
         let build = Build::new(id.clone(), declaration, Duration::ZERO, self.shared.store.clone());
         let build = Arc::new(build.with_rate(self.settings.build_rate));
-        if !self.shared.builds.insert(build.clone()) {
-            let store = self.shared.store.clone(); // another declaration with the same token was under way
-            self.shared.env.blocking(move || expire::remove(&**store.disk(), store.data(), &id)).await?;
-            return Err(DeclareError::SameToken);
+        if self.shared.builds.insert(build.clone()) {
+            self.attend(build.clone());
+            return Ok(build);
         }
-        self.attend(build.clone());
-        Ok(build)
+        match self.shared.builds.find(&id) {
+            Some(known) => same(known, token), // somebody else declared it at the same time
+            None => {
+                let store = self.shared.store.clone(); // another build with this token was declared at the same time
+                self.shared.env.blocking(move || expire::remove(&**store.disk(), store.data(), &id)).await?;
+                Err(DeclareError::SameToken)
+            }
+        }
+    }
+
+    /// What was declared of a build that is on the disk and not in memory: an earlier declaration that came to an end
+    /// halfway, after an error say.
+    async fn declared_before(&self, id: &BuildId, token: TokenHash) -> Result<Declaration, DeclareError> {
+        let (disk, data, wanted) = (self.shared.store.disk().clone(), self.shared.store.data().to_owned(), id.clone());
+        let found = self.shared.env.blocking(move || archive::load(&disk, &data, &wanted)).await?;
+        let found = found.filter(|found| found.verdict.is_none()).and_then(|found| found.declaration);
+        let known = found.and_then(|text| serde_json::from_slice::<Declaration>(&text).ok());
+        known.filter(|known| known.token == token).ok_or_else(|| DeclareError::Known(id.clone()))
     }
 
     /// Watches the clocks of a build, and keeps book of it until it leaves memory. One task does both: there are ten
@@ -299,9 +325,9 @@ impl Standing {
         }
     }
 
-    /// One at a time: of ten thousand that come at once, each would have a thread that waits for the catalogue.
+    /// A few at a time: of ten thousand that come at once, each would have a thread that waits for the catalogue.
     async fn enter_aside(&self, build: &Arc<Build>) {
-        let _turn = self.book.lock().await;
+        let Ok(_turn) = self.book.acquire().await else { return };
         let (catalogue, entered) = (self.catalogue.clone(), build.clone());
         let result = self.shared.env.blocking(move || catalogue.put(&entry(&entered)?)).await;
         if let Err(error) = result {
@@ -334,11 +360,15 @@ impl Standing {
 
     /// The build that an agent's token is for.
     pub(crate) async fn by_token(&self, token: &str) -> io::Result<Option<Arc<Build>>> {
-        if let Some(build) = self.shared.builds.by_token(token) {
+        self.by_token_hash(hash_token(token)).await
+    }
+
+    async fn by_token_hash(&self, token: TokenHash) -> io::Result<Option<Arc<Build>>> {
+        if let Some(build) = self.shared.builds.by_token_hash(&token) {
             return Ok(Some(build));
         }
-        let (catalogue, hash) = (self.catalogue.clone(), hash_token(token));
-        match self.shared.env.blocking(move || catalogue.by_token(&hash)).await? {
+        let catalogue = self.catalogue.clone();
+        match self.shared.env.blocking(move || catalogue.by_token(&token)).await? {
             Some(id) => self.find(&id).await,
             None => Ok(None),
         }
@@ -356,30 +386,39 @@ impl Standing {
         Ok(self.by_token(token).await?.map(|build| Access::Build(build.id.clone())))
     }
 
-    /// Takes a report, durably. The same thing again is counted in memory and not written again.
-    pub(crate) async fn report(&self, build: &Arc<Build>, report: Report) -> Result<(), ReportError> {
-        let reports = build.reports();
-        if reports.last().is_some_and(|last| last.repeats(&report) && last.count >= report.count) {
-            return Ok(());
-        }
-        if reports.len() >= MAX_REPORTS {
-            return Err(ReportError::TooMany);
-        }
+    /// Takes a report, durably. The same thing again is counted, and written whenever it has happened twice as often.
+    pub(crate) async fn report(self: &Arc<Self>, build: &Arc<Build>, report: Report) -> Result<(), ReportError> {
+        let is_new = match build.noted(&report) {
+            Noted::Again { is_worth_writing: false } => {
+                build.note_reports([report]);
+                return Ok(());
+            }
+            Noted::Again { is_worth_writing: true } => false,
+            Noted::Full => return Err(ReportError::TooMany),
+            Noted::New => true,
+        };
         self.shared.store.report(&build.id, report.to_line()).await?;
-        if let Some(lifecycle) = self.shared.lifecycle.get() {
+        if let Some(lifecycle) = self.shared.lifecycle.get().filter(|_| is_new) {
             lifecycle.handle_report(&build.id, &build.declaration.labels, &Told::from(&report));
         }
         build.note_reports([report]);
-        self.enter_aside(build).await;
+        let (standing, build) = (self.clone(), build.clone());
+        self.tasks.spawn(async move { standing.enter_aside(&build).await });
         Ok(())
     }
+}
+
+/// A build that is declared once more, with the same token or another.
+fn same(known: Arc<Build>, token: TokenHash) -> Result<Arc<Build>, DeclareError> {
+    let is_same = known.declaration.token == token && known.known_verdict().is_none();
+    if is_same { Ok(known) } else { Err(DeclareError::Known(known.id.clone())) }
 }
 
 /// A build that has no verdict yet.
 type Running = (BuildId, Declaration, Vec<Report>);
 
 /// Makes the catalogue agree with the directories, and returns the builds that have no verdict. `progress` hears how many
-/// builds of how many were looked at.
+/// builds of how many were looked at. A build whose files are damaged is left alone, and the others are none the worse.
 fn reconcile(catalogue: &Catalogue, store: &Store, progress: &mut dyn FnMut(usize, usize)) -> io::Result<Vec<Running>> {
     let (disk, data) = (store.disk(), store.data());
     expire::finish_removals(&**disk, data)?;
@@ -391,21 +430,28 @@ fn reconcile(catalogue: &Catalogue, store: &Store, progress: &mut dyn FnMut(usiz
             continue;
         }
         known.remove(&(id.as_str().to_owned(), false));
-        let Some(found) = archive::load(disk, data, id)? else { continue };
-        let has_verdict = found.verdict.is_some();
-        match restore(store, id, found) {
-            Some(build) if has_verdict => catalogue.put(&entry(&build)?)?,
-            Some(build) => {
-                let reports = build.reports().iter().map(|report| (**report).clone()).collect();
-                running.push((id.clone(), build.declaration.clone(), reports));
-            }
-            None => warn!(build = %id, "its build.json or verdict.json is missing or damaged: it is left alone"),
+        match look_at(catalogue, store, id) {
+            Ok(found) => running.extend(found),
+            Err(error) => warn!(build = %id, "it is left alone, its files cannot be used: {error}"),
         }
     }
     for (id, _) in known {
         catalogue.remove(&id)?; // its directory is gone
     }
     Ok(running)
+}
+
+/// Enters a build that has ended; one that has not is returned.
+fn look_at(catalogue: &Catalogue, store: &Store, id: &BuildId) -> io::Result<Option<Running>> {
+    let Some(found) = archive::load(store.disk(), store.data(), id)? else { return Ok(None) };
+    let has_verdict = found.verdict.is_some();
+    let damaged = || io::Error::new(io::ErrorKind::InvalidData, "build.json or verdict.json is missing or damaged");
+    let build = restore(store, id, found).ok_or_else(damaged)?;
+    if has_verdict {
+        return catalogue.put(&entry(&build)?).map(|()| None);
+    }
+    let reports = build.reports().iter().map(|report| (**report).clone()).collect();
+    Ok(Some((id.clone(), build.declaration.clone(), reports)))
 }
 
 /// Fills the catalogue of a data directory, and says how many builds are in it.

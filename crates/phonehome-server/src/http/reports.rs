@@ -45,7 +45,7 @@ fn report_of(standing: &Standing, told: Told) -> Result<Report, Problem> {
     report.map_err(|error| Problem::bad_request(error.to_string()))
 }
 
-async fn take(standing: &Standing, id: &BuildId, report: Report) -> Result<StatusCode, Problem> {
+async fn take(standing: &Arc<Standing>, id: &BuildId, report: Report) -> Result<StatusCode, Problem> {
     let build = standing.known(id).await?;
     standing.report(&build, report).await?;
     Ok(StatusCode::ACCEPTED)

@@ -1130,7 +1130,7 @@ mod tests {
             scene.disk.heal();
             for (at, (agent, _)) in crowd.iter().enumerate() {
                 let mut again = scene.open(named(agent, at)).unwrap();
-                for record in agent.records[again.receiver.next() as usize..].to_vec() {
+                for record in agent.records[again.receiver.next() as usize..].iter().cloned() {
                     scene.steps.append(&again.writer, vec![record], agent.tally.clone());
                 }
                 scene.finish(&mut again, agent);
