@@ -55,8 +55,11 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(300);
 /// How long the last lines, and the ends, may take to be acknowledged.
 const DRAIN_LIMIT: Duration = Duration::from_secs(120);
 
-/// How long lines are sent after all have come back: what has gathered meanwhile takes its time.
-const CALM: Duration = Duration::from_secs(5);
+/// How long what has gathered while the server was away may take.
+const CALM_LIMIT: Duration = Duration::from_secs(60);
+
+/// What 99 of 100 lines take at most when nothing is wrong, microseconds.
+const CALM: u64 = 1_000_000;
 
 #[tokio::main]
 async fn main() -> ExitCode {
@@ -113,8 +116,7 @@ async fn load(options: &Options, mut program: Option<&mut Program>) -> Result<Re
         program.start().await?;
         timeout(CONNECT_LIMIT, shared.all_welcomed()).await.map_err(|_| "they do not come back")?;
         report.back_in = Some(killed.elapsed());
-        sleep(CALM).await;
-        report.storm = Some(shared.take_latency());
+        report.calm_in = timeout(CALM_LIMIT, calm_again(&shared)).await.ok().map(|()| killed.elapsed());
         report.second = Some(phase(options, &shared, Some(program.pid())).await);
     }
     shared.stop.cancel();
@@ -154,6 +156,17 @@ async fn phase(options: &Options, shared: &Shared, pid: Option<u32>) -> Phase {
     let after = pid.map(Usage::of);
     let busy = before.zip(after.as_ref()).map(|(before, after)| (after.busy - before.busy) / seconds as f64);
     Phase { latency: shared.take_latency(), busy, usage: after }
+}
+
+/// Waits until lines are acknowledged in time again.
+async fn calm_again(shared: &Shared) {
+    loop {
+        drop(shared.take_latency());
+        sleep(Duration::from_secs(1)).await;
+        if (1..CALM).contains(&shared.take_latency().quantile(0.99)) {
+            return;
+        }
+    }
 }
 
 async fn ended(agents: &mut JoinSet<Sent>) -> Result<Vec<Sent>> {

@@ -24,8 +24,8 @@ pub(crate) struct Report {
     pub(crate) calm: Option<Phase>,
     /// From the kill until all were welcomed again.
     pub(crate) back_in: Option<Duration>,
-    /// Of the lines that were acknowledged first in that time.
-    pub(crate) storm: Option<Snapshot>,
+    /// Until 99 of 100 lines were acknowledged within a second again.
+    pub(crate) calm_in: Option<Duration>,
     pub(crate) second: Option<Phase>,
     pub(crate) drained_in: Duration,
     pub(crate) last: Option<Usage>,
@@ -61,8 +61,9 @@ impl Report {
                 row("  server", &format!("{busy:.2} processors, {resident} MiB (peak {peak}), {descriptors} files"))?;
             }
         }
-        if let (Some(back_in), Some(storm)) = (self.back_in, &self.storm) {
-            row("all back after kill -9", &format!("{}, their lines: {}", seconds_of(back_in), times(storm)))?;
+        if let Some(back_in) = self.back_in {
+            let calm_in = self.calm_in.map_or("not within a minute".to_owned(), seconds_of);
+            row("all back after kill -9", &format!("{}, as before: {calm_in}", seconds_of(back_in)))?;
         }
         for (name, value) in &self.rows {
             row(name, value)?;
