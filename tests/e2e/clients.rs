@@ -43,6 +43,47 @@ async fn a_declared_build_is_listed_shown_and_waited_for() {
 }
 
 #[tokio::test]
+async fn a_build_that_runs_is_shown_and_followed() {
+    let standing = Standing::start(&[]).await;
+    assert_eq!(run(&standing, &["declare", "b", "--env-file", "build.env"]).await.code, 0);
+    let gate = standing.scene.gate("go");
+    let mut built = agent_of(&standing, "build.env", &format!("echo hello; {}; echo bye; exit 3", gate.pass()));
+    standing.process.stderr.shows("\"connected\"").await;
+    let shown = run(&standing, &["show", "b"]).await;
+    assert_eq!(shown.code, 0, "{shown:?}");
+    let printed = run(&standing, &["logs", "b"]).await;
+    assert_eq!(printed.code, 0, "{printed:?}");
+    let follower = start(&standing, &["logs", "-f", "b"]);
+    follower.stdout.shows("hello").await;
+    gate.open();
+    let followed = ended(follower).await;
+    assert_eq!((followed.code, &*followed.stdout), (3, "hello\nbye\n"), "{followed:?}");
+    assert_eq!(built.ended().await, 3);
+}
+
+/// Lines come whole, whoever writes in between.
+#[tokio::test]
+async fn steps_do_not_cut_into_each_others_lines() {
+    let standing = Standing::start(&[]).await;
+    assert_eq!(run(&standing, &["declare", "b", "--step", "one,two", "--env-file", "build.env"]).await.code, 0);
+    let mut agents: Vec<_> = ["one", "two"]
+        .map(|step| {
+            let script = format!("for i in 1 2 3 4 5; do printf {step}-; sleep 0.05; echo $i; done");
+            Process::spawn(agent_command(&standing, "build.env").args(["--step", step, "--", "sh", "-c", &script]))
+        })
+        .into();
+    for agent in &mut agents {
+        assert_eq!(agent.ended().await, 0);
+    }
+    let printed = run(&standing, &["logs", "b"]).await;
+    let mut lines: Vec<_> = printed.stdout.lines().collect();
+    lines.sort_unstable();
+    let whole: Vec<_> =
+        ["one", "two"].iter().flat_map(|step| (1..=5).map(move |i| format!("[{step}] {step}-{i}"))).collect();
+    assert_eq!(lines, whole);
+}
+
+#[tokio::test]
 async fn what_a_server_refuses_is_one_line_and_125() {
     let standing = Standing::start(&[]).await;
     let unknown = run(&standing, &["show", "nothing"]).await;

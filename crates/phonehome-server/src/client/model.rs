@@ -68,11 +68,13 @@ pub(crate) struct Attempt {
     pub(crate) lost_records: Option<u64>,
 }
 
+/// Of each stream once the agent has told its end, and of both as they are stored.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(default)]
 pub(crate) struct StreamBytes {
-    pub(crate) stdout: u64,
-    pub(crate) stderr: u64,
+    pub(crate) stdout: Option<u64>,
+    pub(crate) stderr: Option<u64>,
+    pub(crate) total: u64,
 }
 
 /// What a launcher or an exporter told of a build.
@@ -133,8 +135,10 @@ impl Detail {
 }
 
 impl Attempt {
+    /// Bytes that its agent has written, or those that are stored while it has not said how many.
     pub(crate) fn total(&self) -> u64 {
-        self.bytes.stdout.saturating_add(self.bytes.stderr)
+        let told = self.bytes.stdout.zip(self.bytes.stderr);
+        told.map_or(self.bytes.total, |(stdout, stderr)| stdout.saturating_add(stderr))
     }
 }
 

@@ -63,9 +63,18 @@ pub(crate) struct Screen {
 /// One source's way to its descriptor.
 #[derive(Debug)]
 enum Tract {
-    Raw { prefix: Vec<u8>, within_line: bool },
+    /// With a prefix a line is written when it is whole, so that no other step cuts into it; one that is longer than
+    /// [`LONGEST_HELD`] is written in parts.
+    Raw {
+        prefix: Vec<u8>,
+        held: Vec<u8>,
+        within_line: bool,
+    },
     Safe(Box<Safe>),
 }
+
+/// Bytes of a line without an end that are held back for the rest of it.
+const LONGEST_HELD: usize = 8 * 1024;
 
 /// What makes one source's bytes fit for a person's terminal.
 #[derive(Debug)]
@@ -218,7 +227,7 @@ impl From<Stream> for Target {
 impl Tract {
     fn new(mode: Render, color: bool, prefix: Vec<u8>) -> Self {
         match mode {
-            Render::Raw => Self::Raw { prefix, within_line: false },
+            Render::Raw => Self::Raw { prefix, held: Vec::new(), within_line: false },
             Render::Safe(style) => Self::Safe(Box::new(Safe {
                 sanitizer: Sanitizer::new(color),
                 lines: LinePrinter::new(style, prefix),
@@ -230,13 +239,19 @@ impl Tract {
     fn push(&mut self, block: &[u8], now: Instant, out: &mut Vec<u8>) {
         match self {
             Self::Raw { prefix, .. } if prefix.is_empty() => out.extend_from_slice(block),
-            Self::Raw { prefix, within_line } => {
+            Self::Raw { prefix, held, within_line } => {
                 for line in block.split_inclusive(|&byte| byte == b'\n') {
+                    let is_whole = line.ends_with(b"\n");
+                    if !is_whole && held.len() + line.len() <= LONGEST_HELD {
+                        held.extend_from_slice(line);
+                        continue;
+                    }
                     if !*within_line {
                         out.extend_from_slice(prefix);
                     }
+                    out.append(held);
                     out.extend_from_slice(line);
-                    *within_line = !line.ends_with(b"\n");
+                    *within_line = !is_whole;
                 }
             }
             Self::Safe(safe) => safe.push(block, now, out),
@@ -246,8 +261,8 @@ impl Tract {
     /// Somebody else writes next.
     fn interrupt(&mut self, out: &mut Vec<u8>) {
         match self {
-            // Lines of several steps are kept whole; one step alone is passed on byte for byte.
-            Self::Raw { prefix, within_line } if !prefix.is_empty() && *within_line => {
+            // A line too long to be kept whole; one step alone is passed on byte for byte.
+            Self::Raw { prefix, within_line, .. } if !prefix.is_empty() && *within_line => {
                 out.push(b'\n');
                 *within_line = false;
             }
@@ -258,6 +273,13 @@ impl Tract {
 
     fn finish(&mut self, now: Instant, out: &mut Vec<u8>) {
         match self {
+            Self::Raw { prefix, held, within_line } if !held.is_empty() => {
+                if !std::mem::take(within_line) {
+                    out.extend_from_slice(prefix);
+                }
+                out.append(held);
+                out.push(b'\n');
+            }
             Self::Raw { .. } => self.interrupt(out),
             Self::Safe(safe) => safe.finish(now, out),
         }
@@ -325,8 +347,9 @@ mod tests {
         screen.show(step("one", Target::Stdout), b"a\nb", now);
         screen.show(step("two", Target::Stdout), b"c\n", now);
         screen.show(step("one", Target::Stdout), b"d\n", now);
+        screen.show(step("two", Target::Stdout), b"no end", now);
         screen.finish();
-        assert_eq!(screen.take(Target::Stdout), &b"[one] a\n[one] b\n[two] c\n[one] d\n"[..]);
+        assert_eq!(screen.take(Target::Stdout), &b"[one] a\n[two] c\n[one] bd\n[two] no end\n"[..]);
     }
 
     #[test]

@@ -119,8 +119,11 @@ impl AttemptFiles {
     ///
     /// When the file cannot be looked at.
     pub(crate) fn output_bytes(&self) -> io::Result<u64> {
-        let counted = self.progress.borrow().tally.clone();
-        if counted.next() > 0 { Ok(counted.counts().output_bytes()) } else { self.open("log")?.len() }
+        let progress = self.progress.borrow().clone();
+        if progress.finished.is_none() && progress.tally.next() > 0 {
+            return Ok(progress.tally.counts().output_bytes());
+        }
+        self.open("log")?.len() // what a quota has left out is counted and not there
     }
 
     /// The checksums of what is stored, whether synced or not.

@@ -108,11 +108,13 @@ fn attempt_in_words(attempt: &Attempt) -> String {
         .filter(|cuts| *cuts > 0)
         .map(|cuts| format!(", {cuts} cut{} survived", if cuts == 1 { "" } else { "s" }));
     let digest = attempt.digest.as_ref().map(|digest| format!(", BLAKE3 {digest}")).unwrap_or_default();
+    let bytes = match (attempt.bytes.stdout, attempt.bytes.stderr) {
+        (Some(stdout), Some(stderr)) => format!("{} on stdout, {} on stderr", size(stdout), size(stderr)),
+        (None, _) | (_, None) => format!("{} so far", size(attempt.bytes.total)),
+    };
     format!(
-        "{end}{}; {} on stdout, {} on stderr, {} records{lost}{}{digest}",
+        "{end}{}; {bytes}, {} records{lost}{}{digest}",
         took.unwrap_or_default(),
-        size(attempt.bytes.stdout),
-        size(attempt.bytes.stderr),
         attempt.records,
         cuts.unwrap_or_default(),
     )

@@ -188,7 +188,7 @@ mod tests {
         let attempt = |complete, digest: Option<&str>| Attempt {
             complete,
             digest: digest.map(str::to_owned),
-            bytes: crate::client::model::StreamBytes { stdout: 2, stderr: 1 },
+            bytes: crate::client::model::StreamBytes { stdout: Some(2), stderr: Some(1), total: 3 },
             ..Attempt::default()
         };
         assert_eq!(compare(&attempt(Some(true), Some("aa")), "aa", 3), Finding::Agrees);
