@@ -463,6 +463,14 @@ impl Signals {
 /// Checks what was given. `variable` tells what has no option.
 fn checked(args: &ServeArgs, variable: impl Fn(&str) -> Option<String>) -> anyhow::Result<Checked> {
     let data = args.data.clone().context("there is no data directory: give --data DIR")?;
+    ensure!(
+        args.tls_cert.is_some() == args.tls_key.is_some(),
+        "--tls-cert and --tls-key belong together: give both, or neither"
+    );
+    if let Some(url) = &args.advertise {
+        let is_address = url.starts_with("wss://") || url.starts_with("ws://");
+        ensure!(is_address, "--advertise {url}: agents need an address such as wss://logs.example");
+    }
     let key = key_source(args, &data);
     ensure!(
         args.listen.ip().is_loopback() || key.is_some() || args.insecure,

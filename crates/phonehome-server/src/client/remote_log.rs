@@ -238,16 +238,15 @@ impl Reader {
     }
 
     async fn fetch_detail(&mut self) -> Result<Detail, Interrupted> {
-        let detail = self.client.ask(&Ask::get(format!("builds/{}", self.build))).await?.json().await?;
-        self.handle_contact().await;
-        Ok(detail)
+        Ok(self.client.ask(&Ask::get(format!("builds/{}", self.build))).await?.json().await?)
     }
 
     /// Reads what is there; also a second time, when the first was cut off.
     async fn read_history(&mut self) -> Result<(), Interrupted> {
         let mut body = self.client.ask(&Ask::get(self.history_path())).await?.body;
         let mut lines = Lines::default();
-        while let Some(block) = self.next_block(&mut body).await? {
+        // That what was read comes again is no contact: a log that cannot be read beyond a place would be tried for ever.
+        while let Some(block) = body.next().await? {
             lines.push(&block);
             while let Some(line) = lines.next()? {
                 self.handle_entry(&line, false).await?;
@@ -326,10 +325,9 @@ impl Reader {
             }
             self.item(entry).map_err(ClientError::NotUnderstood)?
         };
-        match item {
-            Some(item) => self.items.send(Ok(item)).await.map_err(|_| Interrupted::Unwanted),
-            None => Ok(()),
-        }
+        let Some(item) = item else { return Ok(()) };
+        self.handle_contact().await;
+        self.items.send(Ok(item)).await.map_err(|_| Interrupted::Unwanted)
     }
 
     /// What an entry is, if it is new and wanted.

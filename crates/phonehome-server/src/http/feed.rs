@@ -118,7 +118,9 @@ impl Feed {
             Ok(piece) if piece.is_empty() => None,
             Ok(piece) => Some(Ok(piece)),
             Err(error) => {
-                tracing::debug!(build = %self.build.id, "a reader is cut off: {error}");
+                if !shutdown.is_cancelled() {
+                    tracing::error!(build = %self.build.id, "a reader is cut off, the log cannot be read: {error}");
+                }
                 Some(Err(error))
             }
         }

@@ -170,6 +170,11 @@ impl Canary {
         if let (None, Some(ca)) = (&declared.pin, std::env::var_os("PHONEHOME_CA")) {
             command.env("PHONEHOME_CA", ca);
         }
+        for name in ["PHONEHOME_CLIENT_CERT", "PHONEHOME_CLIENT_KEY"] {
+            if let Some(path) = std::env::var_os(name) {
+                command.env(name, path); // what a server asks of us it asks of agents
+            }
+        }
         command.envs(variables(declared)).args(["--tee", "off", "--"]).arg(own);
         command.args(["canary-output", &self.size.to_string(), self.id.as_str()]);
         command.stdin(Stdio::null()).stdout(Stdio::null()).kill_on_drop(true);
