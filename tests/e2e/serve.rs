@@ -369,3 +369,26 @@ async fn what_is_told_again_is_counted() {
     let kept = standing.get("/api/v1/builds/b").await.json()["reports"].clone();
     assert_eq!((kept.as_array().unwrap().len(), &kept[0]["count"]), (3, &json!(128)), "written when it doubles");
 }
+
+/// What looked after the first build of a name lets go of that one, not of the next.
+#[tokio::test]
+async fn a_name_that_was_removed_can_be_declared_again() {
+    let standing = Standing::start(&["--seal-after", "1s"]).await;
+    for id in ["b", "later"] {
+        standing.declare_one(id).await;
+        assert_eq!(standing.post(&format!("/api/v1/builds/{id}/cancel"), json!({})).await.status, 202);
+        standing.ended(id).await;
+    }
+    assert_eq!(standing.ask("DELETE", "/api/v1/builds/b", ADMIN, None).await.status, 204);
+    let token = standing.declare_one("b").await;
+    let gate = standing.scene.gate("go");
+    let mut agent = standing.agent("b", &token, &[], &format!("echo begun; {}; echo over", gate.pass()));
+    agent.stdout.shows("begun").await;
+    standing.process.stderr.shows("\"sealed\"").await; // of the other: by then the first is let go as well
+    let build = standing.get("/api/v1/builds/b").await;
+    assert_eq!((build.status, &build.json()["state"]), (200, &json!("running")), "{build:?}");
+    gate.open();
+    assert_eq!(agent.ended().await, 0);
+    assert_eq!(standing.ended("b").await["complete"], json!(true));
+    assert_eq!(standing.stored("b", "main"), b"begun\nover\n");
+}

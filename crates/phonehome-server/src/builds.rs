@@ -80,12 +80,16 @@ impl Builds {
         true
     }
 
-    /// Lets go of a build. Whoever has it goes on with it.
-    pub(crate) fn remove(&self, id: &BuildId) {
+    /// Lets go of a build, and of no other that has its name by now: says whether it was here. Whoever has it goes on
+    /// with it.
+    pub(crate) fn remove(&self, build: &Arc<Build>) -> bool {
         let mut known = self.lock();
-        if let Some(build) = known.builds.remove(id) {
+        let is_here = known.builds.get(&build.id).is_some_and(|known| Arc::ptr_eq(known, build));
+        if is_here {
+            known.builds.remove(&build.id);
             known.tokens.remove(&build.declaration.token.0);
         }
+        is_here
     }
 
     pub(crate) fn find(&self, id: &BuildId) -> Option<Arc<Build>> {
@@ -138,6 +142,8 @@ pub(crate) struct Build {
     hurried: CancellationToken,
     /// Wakes whoever keeps book when there is a new attempt.
     arrived: Notify,
+    /// Fires when everything of it is removed: from then on its name may be another build's.
+    pub(crate) removed: CancellationToken,
     /// What launchers and exporters told.
     reports: Mutex<Vec<Arc<Report>>>,
 }
@@ -275,6 +281,7 @@ impl Build {
             taken_up: CancellationToken::new(),
             hurried: CancellationToken::new(),
             arrived: Notify::new(),
+            removed: CancellationToken::new(),
             reports: Mutex::new(Vec::new()),
         }
     }
@@ -753,6 +760,17 @@ mod tests {
         assert_eq!(scene.build.verdict().await.exit_code(), 130);
         let stored: serde_json::Value = serde_json::from_slice(&fs::read(scene.verdict_file()).unwrap()).unwrap();
         assert_eq!(stored["verdict"], "cancelled");
+    }
+
+    #[tokio::test]
+    async fn another_build_of_the_same_name_is_not_let_go_of() {
+        let (old, new) = (Scene::new(), Scene::new());
+        let builds = Builds::default();
+        assert!(builds.insert(old.build.clone()) && builds.remove(&old.build));
+        assert!(builds.insert(new.build.clone()));
+        assert!(!builds.remove(&old.build));
+        let found = [builds.find(&new.build.id), builds.by_token("token")];
+        assert!(found.iter().flatten().filter(|found| Arc::ptr_eq(found, &new.build)).count() == 2);
     }
 
     // These run in real time: a paused clock does not wait for the store's thread.

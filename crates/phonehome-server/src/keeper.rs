@@ -8,7 +8,7 @@ use tracing::{info, warn};
 
 use crate::{
     retention::{self, Expiry, Policy, Rule},
-    serve::{Standing, entry},
+    serve::{Standing, enter, entry},
     store::{expire, seal},
 };
 
@@ -113,35 +113,49 @@ impl Standing {
     /// Compresses everything of an ended build.
     async fn seal(&self, id: &BuildId) -> io::Result<()> {
         let Some(build) = self.find(id).await? else { return Ok(()) };
-        let (disk, catalogue) = (self.shared.store.disk().clone(), self.catalogue.clone());
+        let (disk, to_seal) = (self.shared.store.disk().clone(), build.clone());
         let sealed = move || {
             let (mut before, mut after) = (0, 0);
-            for (files, _) in build.attempts() {
+            for (files, _) in to_seal.attempts() {
+                if to_seal.removed.is_cancelled() {
+                    break; // what has its name now is another build's
+                }
                 let sealed = seal::seal(&*disk, &files.dir, &mut |_, _| {})?;
                 before += sealed.before;
                 after += sealed.after;
             }
-            catalogue.put(&entry(&build)?)?;
             Ok::<_, io::Error>((before, after))
         };
         let (before, after) = self.shared.env.blocking(sealed).await?;
+        let (turn, catalogue) = (self.turn().await, self.catalogue.clone());
+        self.shared.env.blocking(move || enter(&turn, &catalogue, &build)).await?;
         self.shared.store.meter().bytes_sealed.add(before);
         info!(build = %id, before, after, "sealed");
         Ok(())
     }
 
-    /// Removes an ended build with everything that is stored of it.
+    /// Removes an ended build with everything that is stored of it. Its row goes first: as soon as the directory is gone
+    /// there may be another build of that name, with a row of its own.
     pub(crate) async fn remove(&self, id: &BuildId, why: &'static str) -> Result<(), RemoveError> {
+        let turn = self.turn().await; // before it is looked up: nobody else removes it meanwhile
         let build = self.find(id).await?.ok_or(RemoveError::Unknown)?;
         if build.known_verdict().is_none() {
             return Err(RemoveError::Running);
         }
-        self.let_go(id).await;
+        build.removed.cancel();
+        self.let_go(&build).await;
         let (store, catalogue, id) = (self.shared.store.clone(), self.catalogue.clone(), id.clone());
         let now = self.shared.env.nature.now();
         let removed = move || {
-            expire::remove(&**store.disk(), store.data(), &id)?;
-            catalogue.expire(&id, why, now)
+            let _turn = turn;
+            catalogue.expire(&id, why, now)?;
+            let removed = expire::remove(&**store.disk(), store.data(), &id);
+            if removed.is_err()
+                && let Ok(entry) = entry(&build)
+            {
+                drop(catalogue.put(&entry)); // it is there still, and the error that counts is the first
+            }
+            removed.map(drop)
         };
         Ok(self.shared.env.blocking(removed).await?)
     }

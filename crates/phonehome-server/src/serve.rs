@@ -16,7 +16,6 @@ use phonehome_env::{
     disk::{Disk, File, Open},
 };
 use phonehome_proto::id::BuildId;
-use tokio::sync::Semaphore;
 use tokio::time::{sleep, timeout};
 use tracing::{debug, info, warn};
 
@@ -100,8 +99,8 @@ pub(crate) struct Standing {
     pub(crate) pin: Option<String>,
     tasks: Tasks,
     pub(crate) readers: Readers,
-    /// Held by who writes in the catalogue what has become of a build.
-    book: Semaphore,
+    /// Held by who writes in the catalogue what has become of a build, or removes one.
+    book: Arc<tokio::sync::Mutex<()>>,
     /// Ended builds that somebody reads.
     archived: Mutex<BTreeMap<BuildId, Weak<Build>>>,
     /// Keeps other processes out of the data directory.
@@ -150,9 +149,6 @@ pub(crate) enum ReportError {
     Storage(#[from] io::Error),
 }
 
-/// Entries that are written to the catalogue at once.
-const BOOKKEEPERS: usize = 4;
-
 /// How long finished agents get to hear that their end was accepted, before their build leaves memory.
 const CONFIRMATION: Duration = Duration::from_secs(60);
 
@@ -171,7 +167,7 @@ impl Standing {
     ) -> io::Result<Arc<Self>> {
         let data = shared.store.data().to_owned();
         let catalogue = shared.env.blocking(move || Catalogue::open(&data)).await?;
-        let (book, archived) = (Semaphore::new(BOOKKEEPERS), Mutex::default());
+        let (book, archived) = Default::default();
         let (keys, pin) = identity.map(|identity| (identity.keys.clone(), identity.pin.clone())).unzip();
         let probe = Probe::new(&shared.env, shared.store.data());
         let _lock = lock;
@@ -304,17 +300,27 @@ impl Standing {
 
     async fn close_book(&self, build: &Arc<Build>) {
         self.enter_aside(build).await;
-        drop(timeout(CONFIRMATION, build.confirmed()).await); // an agent that never comes back is not waited for
-        sleep(self.settings.care.seal_after.map_or(LINGER, |after| after.min(LINGER))).await;
-        self.let_go(&build.id).await;
+        let linger = async {
+            drop(timeout(CONFIRMATION, build.confirmed()).await); // an agent that never comes back is not waited for
+            sleep(self.settings.care.seal_after.map_or(LINGER, |after| after.min(LINGER))).await;
+        };
+        if build.removed.run_until_cancelled(linger).await.is_some() {
+            self.let_go(build).await;
+        }
     }
 
-    /// Drops what is in memory of a build that has ended.
-    pub(crate) async fn let_go(&self, id: &BuildId) {
-        self.shared.builds.remove(id);
-        self.archived.lock().unwrap_or_else(PoisonError::into_inner).remove(id);
-        if self.shared.store.forget(id).await.is_err() {
-            debug!(build = %id, "the store is too busy to forget it");
+    /// Drops what is in memory of a build that has ended. Another one of its name is left alone.
+    pub(crate) async fn let_go(&self, build: &Arc<Build>) {
+        self.drop_archived(build);
+        if self.shared.builds.remove(build) && self.shared.store.forget(&build.id).await.is_err() {
+            debug!(build = %build.id, "the store is too busy to forget it");
+        }
+    }
+
+    fn drop_archived(&self, build: &Arc<Build>) {
+        let mut archived = self.archived.lock().unwrap_or_else(PoisonError::into_inner);
+        if archived.get(&build.id).is_some_and(|known| std::ptr::eq(known.as_ptr(), Arc::as_ptr(build))) {
+            archived.remove(&build.id);
         }
     }
 
@@ -325,14 +331,18 @@ impl Standing {
         }
     }
 
-    /// A few at a time: of ten thousand that come at once, each would have a thread that waits for the catalogue.
+    /// One at a time: of ten thousand that come at once, each would have a thread that waits for the catalogue.
     async fn enter_aside(&self, build: &Arc<Build>) {
-        let Ok(_turn) = self.book.acquire().await else { return };
-        let (catalogue, entered) = (self.catalogue.clone(), build.clone());
-        let result = self.shared.env.blocking(move || catalogue.put(&entry(&entered)?)).await;
+        let (turn, catalogue, entered) = (self.turn().await, self.catalogue.clone(), build.clone());
+        let result = self.shared.env.blocking(move || enter(&turn, &catalogue, &entered)).await;
         if let Err(error) = result {
             warn!(build = %build.id, "the catalogue cannot be written: {error}");
         }
+    }
+
+    /// The right to write in the catalogue. It goes along with the work, which is done also when nobody waits for it.
+    pub(crate) async fn turn(&self) -> Turn {
+        self.book.clone().lock_owned().await
     }
 
     /// A build, whether it runs or has ended.
@@ -490,6 +500,14 @@ pub(crate) fn lock(disk: &dyn Disk, data: &Path) -> io::Result<Option<Box<dyn Fi
     disk.create_dirs(data)?;
     let file = disk.open(&data.join("lock"), Open::Write)?;
     Ok(file.lock()?.then_some(file))
+}
+
+/// The right to write in the catalogue.
+pub(crate) type Turn = tokio::sync::OwnedMutexGuard<()>;
+
+/// Writes down what is known of a build, unless it was removed: its name may be another's by now.
+pub(crate) fn enter(_turn: &Turn, catalogue: &Catalogue, build: &Build) -> io::Result<()> {
+    if build.removed.is_cancelled() { Ok(()) } else { catalogue.put(&entry(build)?) }
 }
 
 /// What the catalogue has of a build.
