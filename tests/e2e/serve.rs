@@ -392,3 +392,25 @@ async fn a_name_that_was_removed_can_be_declared_again() {
     assert_eq!(standing.ended("b").await["complete"], json!(true));
     assert_eq!(standing.stored("b", "main"), b"begun\nover\n");
 }
+
+/// An agent that does not stop is not listened to any more, and hears so.
+#[tokio::test]
+async fn no_output_comes_after_the_verdict() {
+    let standing = Standing::start(&[]).await;
+    let token = standing.declare_one("b").await;
+    let script = "trap '' TERM; echo begun; while :; do echo more; done";
+    let mut agent = standing.agent("b", &token, &["--tee", "off"], script);
+    let begun = async { while standing.get("/api/v1/builds/b").await.json()["bytes"] == json!(0) {} };
+    crate::harness::patiently("output", begun).await;
+    for _ in 0..2 {
+        assert_eq!(standing.post("/api/v1/builds/b/cancel", json!({})).await.status, 202);
+    }
+    standing.ended("b").await;
+    agent.stderr.shows("4005").await;
+    let verdict = std::fs::read(standing.data.join("builds/b/verdict.json")).unwrap();
+    let verdict: Value = serde_json::from_slice(&verdict).unwrap();
+    let stored = standing.stored("b", "main");
+    assert_eq!(verdict["steps"][0]["digest"], json!(blake3::hash(&stored).to_hex().as_str()));
+    agent.signal(rustix::process::Signal::KILL);
+    agent.ended().await;
+}

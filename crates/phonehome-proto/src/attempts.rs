@@ -70,6 +70,11 @@ impl Attempts {
         self.connection -= 1;
     }
 
+    /// Every lease given before is void: nothing more is written.
+    pub fn revoke(&mut self) {
+        self.connection += 1;
+    }
+
     /// Whether the newest attempt is this producer's.
     #[must_use]
     pub fn is_newest(&self, producer: ProducerId) -> bool {

@@ -18,7 +18,7 @@ use phonehome_proto::{
     attempts::Lease,
     close::CloseCode,
     frame::{Cancel, Finished, FinishedAck, Hello, UnixMicros},
-    id::{Attempt, BuildId, ProducerId, StepName},
+    id::{Attempt, BuildId, StepName},
 };
 use sha2::{Digest, Sha256};
 use tokio::{
@@ -152,8 +152,6 @@ pub(crate) struct Build {
 struct Inner {
     life: Life,
     attempts: Vec<Arc<AttemptFiles>>,
-    /// Agents that have had a seat, and their steps: few, as there are few attempts.
-    producers: Vec<(StepName, ProducerId)>,
     /// The connection of each step, to be told when a newer one takes over.
     connections: Vec<Seated>,
     /// Attempts whose end has made them send a part of their log again.
@@ -179,28 +177,24 @@ impl Inner {
     }
 
     fn new(life: Life) -> Self {
-        let (connections, producers, rewound) = (Vec::new(), Vec::new(), BTreeSet::new());
-        Self { life, attempts: Vec::new(), producers, connections, rewound, storage_failing: None }
+        let (connections, rewound) = (Vec::new(), BTreeSet::new());
+        Self { life, attempts: Vec::new(), connections, rewound, storage_failing: None }
     }
 
-    /// Whether the build has ended and this agent cannot have stored its end: it never had a seat, and its step has not
-    /// finished. When the step has, the store turns everybody else away without making an attempt.
-    fn is_over_for(&self, hello: &Hello) -> bool {
-        let had_seat = self.producers.iter().any(|(step, producer)| (step, producer) == (&hello.step, &hello.producer));
-        self.life.has_ended() && !had_seat && !self.life.has_finished(&hello.step)
+    /// Whether the build has ended without the end of this step. When it has one, the store turns everybody but its agent
+    /// away without making an attempt.
+    fn is_over_for(&self, step: &StepName) -> bool {
+        self.life.has_ended() && !self.life.has_finished(step)
     }
 
     /// Gives a connection the seat of its step, and whoever had it makes room. Leases are given in one order and may get
     /// here in another: the newer one has the seat.
-    fn take_seat(&mut self, step: &StepName, producer: ProducerId, lease: Lease, superseded: &CancellationToken) {
+    fn take_seat(&mut self, step: &StepName, lease: Lease, superseded: &CancellationToken) {
         let seated = Seated { step: step.clone(), lease, superseded: superseded.clone() };
         match self.connections.iter_mut().find(|seated| seated.step == *step) {
             Some(newer) if newer.lease.is_newer_than(lease) => superseded.cancel(),
             Some(older) => std::mem::replace(older, seated).superseded.cancel(),
             None => self.connections.push(seated),
-        }
-        if !self.producers.iter().any(|known| (&known.0, known.1) == (step, producer)) {
-            self.producers.push((step.clone(), producer));
         }
     }
 
@@ -252,6 +246,7 @@ pub(crate) struct Seat {
     pub(crate) opened: Opened,
     /// Fires when a newer connection of the step takes over.
     pub(crate) superseded: CancellationToken,
+    /// Changes also with the verdict.
     pub(crate) cancel: watch::Receiver<Option<Cancel>>,
 }
 
@@ -344,10 +339,10 @@ impl Build {
             return refuse(CloseCode::UnknownBuild, format!("step {} is not expected, only: {expected}", hello.step));
         }
         self.taken_up.cancelled().await;
-        if self.lock().is_over_for(&hello) {
+        if self.lock().is_over_for(&hello.step) {
             return Err(self.too_late());
         }
-        let (step, producer) = (hello.step.clone(), hello.producer);
+        let step = hello.step.clone();
         let opened = match self.store.open_attempt(hello, self.changed.clone()).await {
             Ok(opened) => opened,
             Err(OpenError::Refused(code, reason)) => return refuse(code, reason.into()),
@@ -367,7 +362,13 @@ impl Build {
         if self.lock().life.has_ended() && !finished {
             return Err(self.too_late());
         }
-        Ok(self.take_seat(&step, producer, opened))
+        Ok(self.take_seat(&step, opened))
+    }
+
+    /// What an agent is told to whom the verdict leaves nothing to say. One whose end counts may hear that it does.
+    pub(crate) fn dismissal(&self, step: &StepName) -> Option<Refusal> {
+        let is_dismissed = self.has_verdict() && !self.lock().life.has_finished(step);
+        is_dismissed.then(|| self.too_late())
     }
 
     /// Why an agent is turned away whose build has ended. While the verdict may still be forgotten that is not final.
@@ -379,11 +380,11 @@ impl Build {
         Refusal { code: CloseCode::StorageUnavailable, reason }
     }
 
-    fn take_seat(&self, step: &StepName, producer: ProducerId, mut opened: Opened) -> Seat {
+    fn take_seat(&self, step: &StepName, mut opened: Opened) -> Seat {
         let superseded = CancellationToken::new();
         let mut inner = self.lock();
         let lease = opened.writer.lease;
-        inner.take_seat(step, producer, lease, &superseded);
+        inner.take_seat(step, lease, &superseded);
         let files = &opened.writer.files;
         if inner.note_attempt(files) {
             info!(build = %self.id, %step, attempt = files.attempt, "connected");
@@ -475,25 +476,25 @@ impl Build {
 
     /// Watches the clocks to the end, writes the verdict down, and only then lets it be known.
     pub(crate) async fn watch_clocks(&self, shutdown: &CancellationToken) {
-        let verdict = tokio::select! {
+        tokio::select! {
             biased; // a verdict that is due is given
-            verdict = self.ended() => verdict,
+            () = self.ended() => {}
             () = shutdown.cancelled() => return,
-        };
+        }
+        Box::pin(self.stop_storing()).await;
+        let Some(verdict) = self.lock().verdict(self.store.time_of_day()) else { return };
         Box::pin(self.write_down(&verdict, shutdown)).await;
         info!(build = %self.id, complete = verdict.is_complete(), "{}", verdict.outcome);
         self.verdict.send_replace(Some(verdict));
+        self.cancel.send_modify(|_| {}); // its connections look whether they may stay
         self.touch();
     }
 
     /// Waits for the end.
-    async fn ended(&self) -> Verdict {
+    async fn ended(&self) {
         Box::pin(self.take_up()).await; // a box that is gone when it waits for the end, as ten thousand do
         self.taken_up.cancel();
-        loop {
-            if let Some(verdict) = self.lock().verdict(self.store.time_of_day()) {
-                return verdict;
-            }
+        while !self.lock().life.has_ended() {
             let deadline = self.lock().poll_timeout();
             tokio::select! {
                 biased; // what has changed may have moved the deadline
@@ -501,6 +502,22 @@ impl Build {
                 () = expiry(deadline) => self.handle_timeout(),
             }
         }
+    }
+
+    /// Lets nobody store anything more, so that the verdict's account is that of the files. Where every step has its end
+    /// nobody can.
+    async fn stop_storing(&self) {
+        if self.lock().life.has_all_ends() {
+            return;
+        }
+        tokio::select! {
+            biased; // it is asked for in any case
+            stopped = timeout(VERDICT_TRY, self.store.stop(&self.id)) => if !matches!(stopped, Ok(Ok(()))) {
+                warn!(build = %self.id, "the store does not answer: output may come after the verdict");
+            },
+            () = self.hurried.cancelled() => {}
+        }
+        self.take_ends(); // those that were under way
     }
 
     /// Takes up what an earlier process stored of this build, so that an end that was accepted counts although its agent
@@ -674,6 +691,10 @@ impl Build {
         self.verdict.borrow().clone()
     }
 
+    pub(crate) fn has_verdict(&self) -> bool {
+        self.verdict.borrow().is_some()
+    }
+
     /// Fires whenever anything about the build has changed.
     pub(crate) fn changes(&self) -> watch::Receiver<u64> {
         self.changed.subscribe()
@@ -746,6 +767,7 @@ mod tests {
     use phonehome_env::{Env, Workers};
     use phonehome_proto::{
         frame::{End, Record, Stream},
+        id::ProducerId,
         receiver::Receiver,
         tally::Tally,
     };
@@ -893,6 +915,32 @@ mod tests {
         }
     }
 
+    /// Whatever was under way: what the verdict says of the log is true of the file, and stays true.
+    #[tokio::test]
+    async fn no_output_is_stored_after_the_verdict() {
+        let scene = Scene::with(&["main", "other"], Clocks::default());
+        let mut seat = scene.seat(1, "main").await;
+        let other = scene.seat(2, "other").await;
+        scene.append(&mut seat, &["known "]).await;
+        scene.hand_over(&mut seat, &["under way "]).await;
+        scene.finish(&other).await;
+        scene.build.cancel("enough");
+        scene.build.cancel("enough, I said");
+        let verdict = scene.build.verdict().await;
+        scene.hand_over(&mut seat, &["late"]).await;
+        scene.finish(&seat).await;
+        drop(scene.build.store.survey(&scene.build.id, watch::Sender::new(0)).await.unwrap()); // behind all of that
+        let stored = fs::read(scene.build_dir().join("main/1/log")).unwrap();
+        assert_eq!(
+            (stored.as_slice(), verdict.steps[0].digest.0),
+            (&b"known under way "[..], *blake3::hash(&stored).as_bytes())
+        );
+        assert!(!scene.build_dir().join("main/1/finished.json").exists());
+        assert_eq!(verdict.steps[1].end, Some(End::Exited(0)), "its end was under way, and counts");
+        let dismissed = |step: &str| scene.build.dismissal(&step.parse().unwrap()).map(|refusal| refusal.code);
+        assert_eq!((dismissed("main"), dismissed("other")), (Some(CloseCode::AlreadyFinished), None));
+    }
+
     #[tokio::test]
     async fn who_comes_after_the_verdict_leaves_no_trace() {
         let scene = Scene::with(&["main", "other"], Clocks::default());
@@ -969,7 +1017,13 @@ mod tests {
 
         /// Stores one record per text, and waits until they can be read.
         async fn append(&self, seat: &mut Seat, texts: &[&str]) {
-            let Opened { writer, receiver, progress } = &mut seat.opened;
+            let next = self.hand_over(seat, texts).await;
+            seat.opened.progress.wait_for(|progress| progress.next == next).await.unwrap();
+        }
+
+        /// Hands one record per text to the store, and says what the next one will be.
+        async fn hand_over(&self, seat: &mut Seat, texts: &[&str]) -> u64 {
+            let Opened { writer, receiver, .. } = &mut seat.opened;
             let (mut next, mut offset) = (receiver.next(), receiver.tally().offset(Stream::Stdout));
             for text in texts {
                 let mut record = vec![Record::new(next, 0, Stream::Stdout, offset, (*text).to_owned().into())];
@@ -977,7 +1031,7 @@ mod tests {
                 self.build.store.append(writer, record, receiver.tally()).await.unwrap();
                 (next, offset) = (next + 1, offset + text.len() as u64);
             }
-            progress.wait_for(|progress| progress.next == next).await.unwrap();
+            next
         }
 
         /// An end with code 0 and without a record.

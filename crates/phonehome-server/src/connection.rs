@@ -227,6 +227,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     async fn talk(&mut self, session: &mut Session) -> Result<(), Hangup> {
         let welcome = self.welcome(session);
         Box::pin(self.send(ServerFrame::Welcome(welcome))).await?;
+        self.check_verdict(session)?; // it may have come before anybody listened here
         let superseded = session.seat.superseded.clone();
         let shutdown = self.shared.draining.clone();
         loop {
@@ -240,10 +241,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
                     return Err(Hangup::ShuttingDown);
                 }
                 changed = session.seat.cancel.changed() => if changed.is_ok() {
-                    let cancel = session.seat.cancel.borrow_and_update().clone();
-                    if let Some(cancel) = cancel {
-                        Box::pin(self.send(ServerFrame::Cancel(cancel))).await?;
-                    }
+                    Box::pin(self.handle_cancel(session)).await?;
                 },
                 changed = session.seat.opened.progress.changed() => {
                     changed.map_err(|_| Hangup::Storage)?;
@@ -260,6 +258,22 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
                 () = sleep_until(session.heartbeat.poll_timeout().into()) => Box::pin(self.handle_beat(session)).await?,
             }
         }
+    }
+
+    /// The build is cancelled, or has its verdict.
+    async fn handle_cancel(&mut self, session: &mut Session) -> Result<(), Hangup> {
+        self.check_verdict(session)?;
+        let cancel = session.seat.cancel.borrow_and_update().clone();
+        match cancel.filter(|_| !self.build.has_verdict()) {
+            Some(cancel) => self.send(ServerFrame::Cancel(cancel)).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Rule 10: after the verdict only who has yet to hear that its end counts may stay.
+    fn check_verdict(&self, session: &Session) -> Result<(), Hangup> {
+        let dismissal = self.build.dismissal(&session.seat.opened.writer.files.step);
+        dismissal.map_or(Ok(()), |refusal| Err(refusal.into()))
     }
 
     fn welcome(&self, session: &mut Session) -> Welcome {

@@ -158,6 +158,11 @@ enum Job {
         tally: Tally,
         reply: oneshot::Sender<io::Result<bool>>,
     },
+    /// Voids every lease of a build, behind what was handed over before.
+    Stop {
+        build: BuildId,
+        reply: oneshot::Sender<io::Result<()>>,
+    },
     Survey {
         build: BuildId,
         changed: watch::Sender<u64>,
@@ -364,6 +369,17 @@ impl Store {
             Ok(Ok(Ok(rewound))) => Ok(rewound),
             Ok(Ok(Err(_)) | Err(_)) | Err(_) => Err(Stuck),
         }
+    }
+
+    /// Ends the writing in a build: what was handed over before is stored, as far as there is room, and nothing after it.
+    ///
+    /// # Errors
+    ///
+    /// When the worker has ended.
+    pub(crate) async fn stop(&self, build: &BuildId) -> io::Result<()> {
+        let (reply, stopped) = oneshot::channel();
+        self.jobs.send(Job::Stop { build: build.clone(), reply }).await.map_err(|_| gone())?;
+        stopped.await.map_err(|_| gone())?
     }
 
     /// Drops what is kept in memory of a build that has ended: its files can still be read, and whoever asks for it later

@@ -256,7 +256,7 @@ pub(crate) struct Stored {
 enum Phase {
     Running,
     Ending { outcome: Outcome, deadline: Instant },
-    Ended { outcome: Outcome, incomplete: Option<String> },
+    Ended { outcome: Outcome },
 }
 
 /// How far a build has got.
@@ -340,7 +340,7 @@ impl Life {
                 step.cuts = Cuts { attempt: log.attempt, count: log.cuts };
             }
         }
-        self.phase = Phase::Ended { outcome: verdict.outcome, incomplete: verdict.incomplete };
+        self.phase = Phase::Ended { outcome: verdict.outcome };
     }
 
     pub(crate) fn build_phase(&self) -> BuildPhase {
@@ -395,11 +395,17 @@ impl Life {
         matches!(self.state(step), Some(Step::Finished(_)))
     }
 
+    /// Whether every step has its end.
+    pub(crate) fn has_all_ends(&self) -> bool {
+        self.states().all(|step| matches!(step, Step::Finished(_)))
+    }
+
     /// The verdict, once it is known. `stored` tells what the store holds of a step, `ended` is the time of day.
     pub(crate) fn verdict(&self, stored: impl Fn(&StepName) -> Option<Stored>, ended: UnixMicros) -> Option<Verdict> {
-        let Phase::Ended { outcome, incomplete } = &self.phase else { return None };
+        let Phase::Ended { outcome } = &self.phase else { return None };
+        let incomplete = self.steps.iter().find_map(Declared::incomplete);
         let steps = self.steps.iter().filter_map(|step| Some(step.log(stored(&step.name)?))).collect();
-        Some(Verdict { outcome: outcome.clone(), incomplete: incomplete.clone(), steps, ended })
+        Some(Verdict { outcome: outcome.clone(), incomplete, steps, ended })
     }
 
     /// Whether any agent has ever said hello.
@@ -440,7 +446,7 @@ impl Life {
         self.last_output = now;
     }
 
-    /// An end was stored.
+    /// An end was stored. After the end of the build it is told in the verdict, of which it changes nothing else.
     pub(crate) fn handle_finished(
         &mut self,
         step: &StepName,
@@ -530,7 +536,7 @@ impl Life {
     /// Ends the build if nothing is left to wait for.
     fn settle(&mut self) -> Action {
         match &self.phase {
-            Phase::Running if self.states().all(|step| matches!(step, Step::Finished(_))) => {
+            Phase::Running if self.has_all_ends() => {
                 let outcome = self.judge();
                 self.end(outcome)
             }
@@ -559,8 +565,7 @@ impl Life {
     }
 
     fn end(&mut self, outcome: Outcome) -> Action {
-        let incomplete = self.steps.iter().find_map(Declared::incomplete);
-        self.phase = Phase::Ended { outcome, incomplete };
+        self.phase = Phase::Ended { outcome };
         Action::End
     }
 }

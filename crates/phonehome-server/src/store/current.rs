@@ -335,6 +335,17 @@ impl Current {
         self.log.close();
     }
 
+    /// Its build has ended: what is not stored by now never will be.
+    pub(super) fn stop(&mut self) {
+        self.waiting.clear();
+        self.end = None;
+        if self.state == State::Full {
+            self.state = State::Works;
+        }
+        self.close();
+        self.publish();
+    }
+
     fn handle_error(&mut self, error: &io::Error) {
         if is_full(error) {
             self.state = State::Full;

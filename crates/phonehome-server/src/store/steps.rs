@@ -485,6 +485,23 @@ impl Steps {
         })
     }
 
+    /// Stores what was handed over of a build that has ended, and takes nothing more of it.
+    pub(super) fn stop(&mut self, build: &BuildId) {
+        self.admit_arrivals();
+        let keys: Vec<_> = of_build(&mut self.steps, build).map(|(key, _)| key.clone()).collect();
+        let dirty: Vec<_> = keys.iter().filter(|key| self.dirty.remove(*key)).collect();
+        self.commit_these(&dirty);
+        self.revoke(build);
+    }
+
+    /// Voids every lease of a build. What waits for room is no longer waited with: no output comes after the verdict.
+    fn revoke(&mut self, build: &BuildId) {
+        for (_, step) in of_build(&mut self.steps, build) {
+            step.attempts.revoke();
+            step.current.iter_mut().for_each(Current::stop);
+        }
+    }
+
     /// Drops what is kept of a build that has ended. Should somebody ask for it, it is taken up from the disk again. What
     /// could not be synced stays: it cannot be told from what is durable there.
     pub(super) fn forget(&mut self, build: &BuildId) {
@@ -590,9 +607,7 @@ impl Steps {
     fn note_kept(&mut self, file: &NewFile) {
         if file.kept == Kept::Verdict {
             self.quotas.remove(&file.build);
-            for (_, step) in of_build(&mut self.steps, &file.build) {
-                step.current.iter_mut().for_each(Current::close);
-            }
+            self.revoke(&file.build);
         }
     }
 }
@@ -1182,6 +1197,27 @@ mod tests {
         let mut second = scene.ask(Agent::new(2).hello(0));
         assert_eq!(first.try_recv().unwrap().unwrap().writer.lease.attempt, 1);
         assert_eq!(second.try_recv().unwrap().unwrap().writer.lease.attempt, 2);
+    }
+
+    /// What waited for room does not come behind the verdict either.
+    #[test]
+    fn a_verdict_voids_every_lease() {
+        let mut scene = Scene::new();
+        let mut agent = Agent::new(1);
+        let mut opened = scene.greet(&agent, 0);
+        scene.append(&opened.writer, &mut agent, "stored");
+        scene.steps.commit();
+        scene.disk.fail_always("write log", io::ErrorKind::StorageFull);
+        scene.append(&opened.writer, &mut agent, " waits");
+        scene.steps.commit();
+        assert_eq!(scene.told(&opened.writer), (1, true, false));
+        assert!(scene.verdict("{}").unwrap());
+        scene.disk.heal();
+        scene.append(&opened.writer, &mut agent, " late");
+        scene.finish(&mut opened, &agent);
+        scene.retry();
+        assert_eq!((scene.told(&opened.writer), scene.read(&opened.writer)), ((1, false, false), "stored".into()));
+        assert!(opened.writer.files.progress.borrow().finished.is_none());
     }
 
     #[test]

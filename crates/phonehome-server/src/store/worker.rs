@@ -92,6 +92,10 @@ impl Worker {
             Job::Rewind { writer, tally, reply } => {
                 drop(reply.send(self.steps.rewind(&writer, tally))); // a connection that is gone does not go on
             }
+            Job::Stop { build, reply } => {
+                self.steps.stop(&build);
+                drop(reply.send(Ok(()))); // whoever asked may not have wanted to wait
+            }
             Job::Survey { build, changed, reply } => {
                 drop(reply.send(self.steps.survey(&build, &changed))); // whoever asked may have gone
             }
