@@ -1,8 +1,12 @@
 //! The standing server: builds over crashes, who may do what, and what cannot be understood.
 
+use phonehome_proto::{
+    codec::Codec,
+    frame::{FinishedAck, ServerFrame},
+};
 use serde_json::{Value, json};
 
-use crate::harness::{ADMIN, READER, Standing, exchange, patiently};
+use crate::harness::{ADMIN, Caller, READER, Records, Standing, exchange, patiently};
 
 #[tokio::test]
 async fn three_builds_outlive_three_crashes_of_the_server() {
@@ -413,4 +417,56 @@ async fn no_output_comes_after_the_verdict() {
     assert_eq!(verdict["steps"][0]["digest"], json!(blake3::hash(&stored).to_hex().as_str()));
     agent.signal(rustix::process::Signal::KILL);
     agent.ended().await;
+}
+
+/// The server was killed between the verdict and the answer, or the agent was away until its build had left memory.
+#[tokio::test]
+async fn an_end_that_counts_is_answered_again_long_after_the_verdict() {
+    let mut standing = Standing::start(&["--seal-after", "1s"]).await;
+    let token = standing.declare_one("b").await;
+    let (log, other) = (Records::of(&["one\n", "two\n"]), Records::of(&["three\n"]));
+    let mut caller = Caller::connect_to(standing.address, &token, Codec::Binary).await;
+    for frame in [log.hello("b", 1), log.frame(), log.finished(7)] {
+        caller.send(frame).await;
+    }
+    standing.ended("b").await;
+    for is_sealed in [false, true] {
+        if is_sealed {
+            standing.process.stderr.shows("\"sealed\"").await;
+        } else {
+            standing.crash().await;
+        }
+        let mut again = Caller::connect_to(standing.address, &token, Codec::Binary).await;
+        again.send(log.hello("b", 1)).await;
+        let ServerFrame::Welcome(welcome) = again.frame().await else { panic!("no welcome") };
+        assert_eq!((welcome.attempt, welcome.next), (1, 2), "sealed: {is_sealed}");
+        again.send(log.finished(7)).await;
+        assert_eq!(again.finished_ack().await, FinishedAck::Complete, "sealed: {is_sealed}");
+        again.leave().await;
+        let mut stranger = Caller::connect_to(standing.address, &token, Codec::Binary).await;
+        stranger.send(other.hello("b", 2)).await;
+        assert_eq!(stranger.closed().await.0, 4005, "sealed: {is_sealed}");
+    }
+    assert!(!standing.data.join("builds/b/main/2").exists());
+}
+
+#[tokio::test]
+async fn a_cancel_that_was_answered_survives_a_crash() {
+    let mut standing = Standing::start(&[]).await;
+    let token = standing.declare_one("b").await;
+    let log = Records::of(&["one\n"]);
+    let mut caller = Caller::connect_to(standing.address, &token, Codec::Binary).await;
+    caller.send(log.hello("b", 1)).await;
+    assert!(matches!(caller.frame().await, ServerFrame::Welcome(_)));
+    drop(caller);
+    assert_eq!(standing.post("/api/v1/builds/b/cancel", json!({"reason": "enough"})).await.status, 202);
+    standing.crash().await;
+    let mut again = Caller::connect_to(standing.address, &token, Codec::Binary).await;
+    again.send(log.hello("b", 1)).await;
+    let ServerFrame::Welcome(welcome) = again.frame().await else { panic!("no welcome") };
+    assert!(welcome.cancel.is_some_and(|cancel| cancel.reason.contains("enough")));
+    again.send(log.frame()).await;
+    again.send(log.finished(0)).await;
+    let build = standing.ended("b").await;
+    assert_eq!((&build["verdict"], &build["complete"]), (&json!("cancelled"), &json!(true)), "{build}");
 }

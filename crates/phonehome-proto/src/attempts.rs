@@ -25,6 +25,12 @@ pub struct Lease {
 }
 
 impl Lease {
+    /// One with which nothing can be written, of an attempt that has its end.
+    #[must_use]
+    pub fn void(attempt: Attempt) -> Self {
+        Self { attempt, new: false, connection: 0 }
+    }
+
     /// Whether this one was given after `other`.
     #[must_use]
     pub fn is_newer_than(self, other: Self) -> bool {

@@ -9,7 +9,7 @@ pub(crate) mod state;
 use std::{
     collections::{BTreeMap, BTreeSet},
     io,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
     time::Duration,
 };
 
@@ -18,7 +18,8 @@ use phonehome_proto::{
     attempts::Lease,
     close::CloseCode,
     frame::{Cancel, Finished, FinishedAck, Hello, UnixMicros},
-    id::{Attempt, BuildId, StepName},
+    id::{Attempt, BuildId, ProducerId, StepName},
+    receiver::AgentViolation,
 };
 use sha2::{Digest, Sha256};
 use tokio::{
@@ -43,7 +44,7 @@ use self::{
 use crate::{
     declaration::Declaration,
     report::{MAX_REPORTS, Report},
-    store::{AttemptFiles, OpenError, Opened, Store, Surveyed, archive},
+    store::{AttemptFiles, OpenError, Opened, Store, Surveyed, archive, archive::ArchivedAttempt},
 };
 
 /// SHA-256 of a token: all that is kept of it.
@@ -126,6 +127,8 @@ pub(crate) struct Build {
     pub(crate) id: BuildId,
     pub(crate) declaration: Declaration,
     store: Store,
+    /// It is read from its directory: nothing is written any more.
+    is_archived: bool,
     inner: Mutex<Inner>,
     /// How fast it may go, if that is limited.
     pace: Option<Mutex<Pace>>,
@@ -142,6 +145,8 @@ pub(crate) struct Build {
     hurried: CancellationToken,
     /// Wakes whoever keeps book when there is a new attempt.
     arrived: Notify,
+    /// Why an earlier process was to stop it. It counts once it is known who is there to be stopped.
+    cancelled_before: OnceLock<String>,
     /// Fires when everything of it is removed: from then on its name may be another build's.
     pub(crate) removed: CancellationToken,
     /// What launchers and exporters told.
@@ -152,6 +157,8 @@ pub(crate) struct Build {
 struct Inner {
     life: Life,
     attempts: Vec<Arc<AttemptFiles>>,
+    /// Whose they are, in a build that is archived.
+    owners: Vec<(Arc<AttemptFiles>, ProducerId)>,
     /// The connection of each step, to be told when a newer one takes over.
     connections: Vec<Seated>,
     /// Attempts whose end has made them send a part of their log again.
@@ -177,8 +184,8 @@ impl Inner {
     }
 
     fn new(life: Life) -> Self {
-        let (connections, rewound) = (Vec::new(), BTreeSet::new());
-        Self { life, attempts: Vec::new(), connections, rewound, storage_failing: None }
+        let (attempts, owners, connections, rewound) = Default::default();
+        Self { life, attempts, owners, connections, rewound, storage_failing: None }
     }
 
     /// Whether the build has ended without the end of this step. When it has one, the store turns everybody but its agent
@@ -205,6 +212,14 @@ impl Inner {
             self.attempts.push(files.clone());
         }
         is_new
+    }
+
+    /// The newest attempt of a step, when it is this agent's.
+    fn owned_by(&self, hello: &Hello) -> Option<Arc<AttemptFiles>> {
+        let newest = self.newest(&hello.step)?;
+        let is_its =
+            |(files, owner): &(Arc<AttemptFiles>, ProducerId)| Arc::ptr_eq(files, newest) && *owner == hello.producer;
+        self.owners.iter().any(is_its).then(|| newest.clone())
     }
 
     fn newest(&self, step: &StepName) -> Option<&Arc<AttemptFiles>> {
@@ -267,6 +282,7 @@ impl Build {
             id,
             declaration,
             store,
+            is_archived: false,
             inner: Mutex::new(Inner::new(life)),
             pace: None,
             changed: watch::Sender::new(0),
@@ -276,6 +292,7 @@ impl Build {
             taken_up: CancellationToken::new(),
             hurried: CancellationToken::new(),
             arrived: Notify::new(),
+            cancelled_before: OnceLock::new(),
             removed: CancellationToken::new(),
             reports: Mutex::new(Vec::new()),
         }
@@ -286,16 +303,29 @@ impl Build {
         id: BuildId,
         declaration: Declaration,
         verdict: Verdict,
-        attempts: Vec<Arc<AttemptFiles>>,
+        attempts: Vec<ArchivedAttempt>,
         store: Store,
     ) -> Self {
-        let mut build = Self::new(id, declaration, Duration::ZERO, store);
+        let mut build = Self { is_archived: true, ..Self::new(id, declaration, Duration::ZERO, store) };
         let inner = build.inner.get_mut().unwrap_or_else(PoisonError::into_inner);
         inner.life.restore(verdict.clone());
-        inner.attempts = attempts;
+        for attempt in attempts {
+            let ArchivedAttempt { files, finished, producer, .. } = attempt;
+            let counts = |log: &StepLog| (&log.step, log.attempt) == (&files.step, files.attempt) && log.end.is_some();
+            if let Some((finished, answer)) = finished.filter(|_| verdict.steps.iter().any(counts)) {
+                inner.life.handle_finished(&files.step, finished, answer, Instant::now());
+            }
+            inner.owners.extend(producer.map(|producer| (files.clone(), producer)));
+            inner.attempts.push(files);
+        }
         build.taken_up.cancel();
         build.verdict.send_replace(Some(verdict));
         build
+    }
+
+    /// An earlier process was told to stop it.
+    pub(crate) fn note_cancelled_before(&self, reason: String) {
+        drop(self.cancelled_before.set(reason)); // the first one counts
     }
 
     /// Limits it to so many bytes per second, over all of its steps.
@@ -342,6 +372,9 @@ impl Build {
         if self.lock().is_over_for(&hello.step) {
             return Err(self.too_late());
         }
+        if self.is_archived {
+            return self.seat_again(&hello);
+        }
         let step = hello.step.clone();
         let opened = match self.store.open_attempt(hello, self.changed.clone()).await {
             Ok(opened) => opened,
@@ -363,6 +396,17 @@ impl Build {
             return Err(self.too_late());
         }
         Ok(self.take_seat(&step, opened))
+    }
+
+    /// Lets the agent whose end counts hear again what was answered: it may have been cut off, or the server killed, before
+    /// it heard.
+    fn seat_again(&self, hello: &Hello) -> Result<Seat, Refusal> {
+        let opened = self.lock().owned_by(hello).and_then(Opened::again);
+        let mut opened = opened.ok_or_else(|| self.too_late())?;
+        let lost =
+            opened.receiver.handle_hello(hello).and_then(|lost| lost.map_or(Ok(()), |_| Err(AgentViolation::OtherEnd)));
+        lost.map_err(|violation| Refusal { code: violation.close_code(), reason: violation.to_string() })?;
+        Ok(self.take_seat(&hello.step, opened))
     }
 
     /// What an agent is told to whom the verdict leaves nothing to say. One whose end counts may hear that it does.
@@ -493,6 +537,9 @@ impl Build {
     /// Waits for the end.
     async fn ended(&self) {
         Box::pin(self.take_up()).await; // a box that is gone when it waits for the end, as ten thousand do
+        if let Some(reason) = self.cancelled_before.get() {
+            self.act(|life| life.handle_cancel(reason.clone(), Instant::now()));
+        }
         self.taken_up.cancel();
         while !self.lock().life.has_ended() {
             let deadline = self.lock().poll_timeout();
@@ -767,7 +814,6 @@ mod tests {
     use phonehome_env::{Env, Workers};
     use phonehome_proto::{
         frame::{End, Record, Stream},
-        id::ProducerId,
         receiver::Receiver,
         tally::Tally,
     };

@@ -216,10 +216,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         result.err().unwrap_or(Hangup::Closed)
     }
 
-    /// Lets the lifecycle log know, if there is one.
+    /// Lets the lifecycle log know, if there is one. The verdict was its last line of a build.
     #[cfg(feature = "http")]
     fn tell(&self, tell: impl FnOnce(&crate::lifecycle::Lifecycle)) {
-        if let Some(log) = self.shared.lifecycle.get() {
+        if let Some(log) = self.shared.lifecycle.get().filter(|_| !self.build.has_verdict()) {
             tell(log);
         }
     }

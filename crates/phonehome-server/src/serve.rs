@@ -15,7 +15,8 @@ use phonehome_env::{
     Env,
     disk::{Disk, File, Open},
 };
-use phonehome_proto::id::BuildId;
+use phonehome_proto::{frame::UnixMicros, id::BuildId};
+use serde::{Deserialize, Serialize};
 use tokio::time::{sleep, timeout};
 use tracing::{debug, info, warn};
 
@@ -203,10 +204,38 @@ impl Standing {
         let build = Build::new(id, declaration, Duration::from_micros(age), self.shared.store.clone());
         let build = build.with_rate(self.settings.build_rate);
         build.note_reports(reports);
+        if let Some(cancelling) = self.cancelled_before(&build.id).await? {
+            build.note_cancelled_before(cancelling.reason);
+        }
         let build = Arc::new(build);
         if self.shared.builds.insert(build.clone()) {
             self.attend(build);
         }
+        Ok(())
+    }
+
+    /// What an earlier process was told about stopping a build.
+    async fn cancelled_before(&self, id: &BuildId) -> io::Result<Option<Cancelling>> {
+        let (store, of) = (self.shared.store.clone(), id.clone());
+        let text = self.shared.env.blocking(move || archive::cancel(&**store.disk(), store.data(), &of)).await?;
+        let cancelling = text.map(|text| serde_json::from_slice(&text)).transpose();
+        Ok(cancelling.unwrap_or_else(|error| {
+            warn!(build = %id, "its cancel.json is damaged, and does not stop it: {error}");
+            None
+        }))
+    }
+
+    /// Stops a build, and forgets that no more than its output. The second time it is not waited for, and nothing is left
+    /// to write down. It stops also when that cannot be stored.
+    pub(crate) async fn cancel(&self, build: &Build, reason: &str) -> io::Result<()> {
+        let is_first = !build.is_cancelled();
+        build.cancel(reason);
+        if !is_first {
+            return Ok(());
+        }
+        let cancelling = Cancelling { reason: reason.to_owned(), time: self.shared.env.nature.now() };
+        let text = serde_json::to_vec_pretty(&cancelling)?;
+        timeout(CANCEL_PATIENCE, self.shared.store.record_cancel(&build.id, text)).await??;
         Ok(())
     }
 
@@ -424,6 +453,17 @@ fn same(known: Arc<Build>, token: TokenHash) -> Result<Arc<Build>, DeclareError>
     if is_same { Ok(known) } else { Err(DeclareError::Known(known.id.clone())) }
 }
 
+/// `cancel.json`.
+#[derive(Debug, Serialize, Deserialize)]
+struct Cancelling {
+    reason: String,
+    /// When, microseconds since 1970.
+    time: UnixMicros,
+}
+
+/// How long whoever cancels a build waits for a store that does not answer.
+const CANCEL_PATIENCE: Duration = Duration::from_secs(10);
+
 /// A build that has no verdict yet.
 type Running = (BuildId, Declaration, Vec<Report>);
 
@@ -485,10 +525,7 @@ fn restore(store: &Store, id: &BuildId, found: archive::Archived) -> Option<Buil
         None => undeclared(id, verdict.as_ref()?), // a hook's
     };
     let build = match verdict {
-        Some(verdict) => {
-            let attempts = found.attempts.into_iter().map(|attempt| attempt.files).collect();
-            Build::archived(id.clone(), declaration, verdict, attempts, store.clone())
-        }
+        Some(verdict) => Build::archived(id.clone(), declaration, verdict, found.attempts, store.clone()),
         None => Build::new(id.clone(), declaration, Duration::ZERO, store.clone()),
     };
     build.note_reports(found.reports.as_deref().map(Report::parse_lines).unwrap_or_default());

@@ -8,6 +8,7 @@
 //! ```text
 //! builds/BUILD/build.json                what was declared of it
 //! builds/BUILD/reports                   what launchers and exporters told about it, one JSON object per line
+//! builds/BUILD/cancel.json               that somebody wants it to stop, and why
 //! builds/BUILD/verdict.json              the verdict, once there is one
 //! builds/BUILD/STEP/ATTEMPT/log          stdout and stderr bytes in record order
 //! builds/BUILD/STEP/ATTEMPT/events       lifecycle events, one JSON object per line
@@ -186,6 +187,7 @@ enum Job {
 /// Small files of a build, each written once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kept {
+    Cancel,
     Declaration,
     Verdict,
 }
@@ -193,11 +195,15 @@ enum Kept {
 impl Kept {
     fn name(self) -> &'static str {
         match self {
+            Self::Cancel => CANCEL,
             Self::Declaration => "build.json",
             Self::Verdict => "verdict.json",
         }
     }
 }
+
+/// Where it is kept that a build is to stop, in its directory.
+const CANCEL: &str = "cancel.json";
 
 /// Permission to write to one attempt.
 #[derive(Debug, Clone)]
@@ -212,6 +218,19 @@ pub(crate) struct Opened {
     pub(crate) writer: Writer,
     pub(crate) receiver: Receiver,
     pub(crate) progress: watch::Receiver<Progress>,
+}
+
+impl Opened {
+    /// An attempt that has its end, for its agent to hear again what was answered: nothing is written. `None` when there
+    /// is no end.
+    pub(crate) fn again(files: Arc<AttemptFiles>) -> Option<Self> {
+        let progress = files.progress.subscribe();
+        let finished = progress.borrow().finished.clone()?;
+        let mut stored = Tally::default();
+        stored.skip_to(finished.0.next);
+        let writer = Writer { lease: Lease::void(files.attempt), files };
+        Some(Self { writer, receiver: Receiver::resume(stored, 0, Some(finished)), progress })
+    }
 }
 
 /// An attempt that was found on the disk.
@@ -417,6 +436,16 @@ impl Store {
     /// When it could not be stored, or it is not known whether it is.
     pub(crate) async fn declare(&self, build: &BuildId, contents: Vec<u8>) -> io::Result<bool> {
         self.keep(build, Kept::Declaration, contents).await
+    }
+
+    /// Stores that a build is to stop, and why; `false` when that is stored already, or the build is not there to be
+    /// stopped.
+    ///
+    /// # Errors
+    ///
+    /// When it could not be stored, or it is not known whether it is.
+    pub(crate) async fn record_cancel(&self, build: &BuildId, contents: Vec<u8>) -> io::Result<bool> {
+        self.keep(build, Kept::Cancel, contents).await
     }
 
     async fn keep(&self, build: &BuildId, kept: Kept, contents: Vec<u8>) -> io::Result<bool> {

@@ -333,7 +333,7 @@ impl Life {
         self.step(step).is_some()
     }
 
-    /// Makes it one that has ended.
+    /// Makes it one that has ended. Which ends counted is told next, with [`Self::handle_finished`].
     pub(crate) fn restore(&mut self, verdict: Verdict) {
         for log in verdict.steps {
             if let Some(step) = self.step_mut(&log.step) {

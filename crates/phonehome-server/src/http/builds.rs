@@ -499,7 +499,10 @@ pub(crate) async fn cancel(
         return Err(Problem::conflict(format!("build {id} has ended already")));
     }
     let reason = cancelling.reason.unwrap_or_else(|| "somebody asked for it".into());
-    build.cancel(&phonehome_proto::text::shortened(&reason, phonehome_proto::limits::MAX_TEXT));
+    let reason = phonehome_proto::text::shortened(&reason, phonehome_proto::limits::MAX_TEXT);
+    standing.cancel(&build, &reason).await.map_err(|error| {
+        Problem::unavailable(format!("build {id} stops, but a restart would forget that: it cannot be stored: {error}"))
+    })?;
     Ok(StatusCode::ACCEPTED)
 }
 

@@ -8,12 +8,13 @@ use std::{io, path::Path, sync::Arc};
 use phonehome_env::disk::{Disk, File, Open};
 use phonehome_proto::{
     frame::{Finished, FinishedAck},
-    id::{Attempt, BuildId, StepName},
+    id::{Attempt, BuildId, ProducerId, StepName},
     limits::{MAX_MESSAGE, MAX_WINDOW, RECORD_COST},
 };
 
 use super::{
-    attempt::{AttemptFiles, End, Progress, is_missing, read_optional},
+    CANCEL,
+    attempt::{AttemptFiles, End, Owner, Progress, is_missing, read_optional},
     index::{ENTRY, Entry},
     log::stored_len,
     quarantine,
@@ -41,6 +42,8 @@ pub(crate) struct ArchivedAttempt {
     pub(crate) files: Arc<AttemptFiles>,
     /// How it ended and what was answered; `None` also when that can no longer be understood.
     pub(crate) finished: Option<(Finished, FinishedAck)>,
+    /// Whose it is; `None` when that can no longer be understood.
+    pub(crate) producer: Option<ProducerId>,
     /// There is an end that cannot be understood.
     pub(crate) is_end_damaged: bool,
 }
@@ -65,6 +68,15 @@ pub(crate) fn load(disk: &Arc<dyn Disk>, data: &Path, build: &BuildId) -> io::Re
     let verdict = read_optional(&**disk, &dir.join("verdict.json"))?;
     let reports = read_optional(&**disk, &dir.join(REPORTS))?;
     Ok(Some(Archived { declaration, verdict, reports, attempts }))
+}
+
+/// That somebody wanted a build to stop, as it was written.
+///
+/// # Errors
+///
+/// When the disk fails.
+pub(crate) fn cancel(disk: &dyn Disk, data: &Path, build: &BuildId) -> io::Result<Option<Vec<u8>>> {
+    read_optional(disk, &data.join("builds").join(build.as_str()).join(CANCEL))
 }
 
 /// Every build that has a directory, sorted.
@@ -139,7 +151,9 @@ fn load_attempt(disk: &dyn Disk, files: Arc<AttemptFiles>) -> io::Result<Archive
     let end = End::read(disk, &files.dir)?;
     let finished = end.known().map(|ended| (ended.finished.clone(), ended.answer.clone()));
     files.progress.send_replace(progress(&files, finished.clone())?);
-    Ok(ArchivedAttempt { files, finished, is_end_damaged: matches!(end, End::Damaged) })
+    let owner = read_optional(disk, &files.dir.join("attempt.json"))?;
+    let producer = owner.and_then(|text| Some(serde_json::from_slice::<Owner>(&text).ok()?.producer));
+    Ok(ArchivedAttempt { files, finished, producer, is_end_damaged: matches!(end, End::Damaged) })
 }
 
 /// How far an attempt has got, as its files' lengths tell.

@@ -23,7 +23,7 @@ use tracing::{error, warn};
 
 use super::{
     Durability, Kept, OpenError, Opened, Surveyed, Writer,
-    attempt::{AttemptFiles, End, Owner},
+    attempt::{AttemptFiles, End, Owner, is_missing},
     current::Current,
     log::AttemptLog,
     quarantine,
@@ -601,7 +601,20 @@ impl Steps {
     /// Whether there is one already. The same one again was perhaps not stored as it should be when it was tried before.
     fn is_taken(&self, file: &NewFile) -> io::Result<bool> {
         let path = self.path(file);
+        if file.kept == Kept::Cancel && !self.is_unended(&file.build)? {
+            return Ok(true); // of a build that was removed it must not wait for the next of that name
+        }
         Ok(self.disk.exists(&path)? && self.disk.read(&path)? != file.contents)
+    }
+
+    /// Whether a build was declared, and has no verdict.
+    fn is_unended(&self, build: &BuildId) -> io::Result<bool> {
+        let dir = self.root.join(build.as_str());
+        let has = |kept: Kept| self.disk.exists(&dir.join(kept.name()));
+        match has(Kept::Declaration) {
+            Err(error) if is_missing(&error) => Ok(false),
+            declared => Ok(declared? && !has(Kept::Verdict)?),
+        }
     }
 
     fn note_kept(&mut self, file: &NewFile) {
