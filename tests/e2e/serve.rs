@@ -378,11 +378,12 @@ async fn what_is_told_again_is_counted() {
 #[tokio::test]
 async fn a_name_that_was_removed_can_be_declared_again() {
     let standing = Standing::start(&["--seal-after", "1s"]).await;
-    for id in ["b", "later"] {
-        standing.declare_one(id).await;
-        assert_eq!(standing.post(&format!("/api/v1/builds/{id}/cancel"), json!({})).await.status, 202);
-        standing.ended(id).await;
-    }
+    standing.declare_one("b").await;
+    assert_eq!(standing.post("/api/v1/builds/b/cancel", json!({})).await.status, 202);
+    standing.ended("b").await;
+    let later = standing.declare_one("later").await;
+    assert_eq!(standing.agent("later", &later, &[], "true").ended().await, 0);
+    standing.ended("later").await;
     assert_eq!(standing.ask("DELETE", "/api/v1/builds/b", ADMIN, None).await.status, 204);
     let token = standing.declare_one("b").await;
     let gate = standing.scene.gate("go");

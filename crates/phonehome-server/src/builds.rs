@@ -9,7 +9,10 @@ pub(crate) mod state;
 use std::{
     collections::{BTreeMap, BTreeSet},
     io,
-    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -136,6 +139,8 @@ pub(crate) struct Build {
     changed: watch::Sender<u64>,
     /// The verdict, once it is written down.
     verdict: watch::Sender<Option<Verdict>>,
+    /// Whether the verdict is in its file; who did not want to wait knows it without.
+    is_written_down: AtomicBool,
     cancel: watch::Sender<Option<Cancel>>,
     /// Wakes the clock when a deadline may have moved.
     touched: Notify,
@@ -287,6 +292,7 @@ impl Build {
             pace: None,
             changed: watch::Sender::new(0),
             verdict: watch::Sender::new(None),
+            is_written_down: AtomicBool::new(false),
             cancel: watch::Sender::new(None),
             touched: Notify::new(),
             taken_up: CancellationToken::new(),
@@ -319,6 +325,7 @@ impl Build {
             inner.attempts.push(files);
         }
         build.taken_up.cancel();
+        *build.is_written_down.get_mut() = true;
         build.verdict.send_replace(Some(verdict));
         build
     }
@@ -667,7 +674,24 @@ impl Build {
         if !is_first {
             warn!(build = %self.id, "there is a verdict already, and the first one stays");
         }
+        self.is_written_down.store(true, Ordering::Release);
         Ok(())
+    }
+
+    /// Whether its verdict will be known to the next process too.
+    pub(crate) fn is_written_down(&self) -> bool {
+        self.is_written_down.load(Ordering::Acquire)
+    }
+
+    /// Writes a verdict down that could not be stored when it was told, as soon as the store works again.
+    pub(crate) async fn write_down_late(&self) {
+        let Some(verdict) = self.known_verdict().filter(|_| !self.is_written_down()) else { return };
+        let text = serde_json::to_vec_pretty(&verdict).expect("a verdict is plain data");
+        while let Err(cause) = self.record_verdict(&text).await {
+            debug!(build = %self.id, "the verdict cannot be stored still: {cause}");
+            sleep(LATE_VERDICT_RETRY).await;
+        }
+        info!(build = %self.id, "the verdict is stored at last");
     }
 
     /// Waits for the verdict to be written down, which anybody may do, at any time.
@@ -796,6 +820,9 @@ const VERDICT_TRY: Duration = Duration::from_secs(10);
 /// Pause before the next.
 const VERDICT_RETRY: Duration = Duration::from_secs(1);
 
+/// Pause before it is tried again once the verdict was told.
+const LATE_VERDICT_RETRY: Duration = Duration::from_secs(10);
+
 /// How long it is tried when a lost agent would be waited for without limit.
 const VERDICT_PATIENCE: Duration = Duration::from_secs(120);
 
@@ -874,6 +901,10 @@ mod tests {
         assert!(timeout(Duration::from_millis(300), scene.build.verdict()).await.is_err());
         scene.build.cancel("enough, I said");
         timeout(Duration::from_secs(30), scene.build.verdict()).await.expect("it is told");
+        assert!(!scene.build.is_written_down());
+        fs::remove_file(scene.build_dir()).unwrap();
+        scene.build.write_down_late().await;
+        assert!(scene.build.is_written_down() && scene.verdict_file().exists());
     }
 
     /// The agent is gone, and its connection with it, before anybody could say that its end was stored.

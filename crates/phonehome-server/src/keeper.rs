@@ -69,6 +69,7 @@ impl Keeper {
                     meter.bytes_expired.add(expiry.bytes);
                     info!(build = %expiry.id, bytes = expiry.bytes, rule = why, "expired");
                 }
+                Err(RemoveError::Unknown) => self.standing.strike_out(&expiry.id).await?,
                 Err(error) => warn!(build = %expiry.id, "cannot expire it: {error}"),
             }
         }
@@ -108,6 +109,21 @@ impl Standing {
         let catalogue = self.catalogue.clone();
         let found = self.shared.env.blocking(move || catalogue.ended(Some(before))).await?;
         Ok(found.into_iter().map(|ended| ended.id).filter(|id| self.shared.builds.find(id).is_none()).collect())
+    }
+
+    /// Takes out the row of a build that is gone: somebody has removed its directory, or a crash its verdict.
+    async fn strike_out(&self, id: &BuildId) -> io::Result<()> {
+        let turn = self.turn().await;
+        if self.find(id).await?.is_some() {
+            return Ok(()); // another one has its name by now
+        }
+        warn!(build = %id, "it is in the catalogue, and not on the disk with a verdict");
+        let (catalogue, id) = (self.catalogue.clone(), id.clone());
+        let struck = move || {
+            let _turn = turn;
+            catalogue.remove(id.as_str())
+        };
+        self.shared.env.blocking(struck).await
     }
 
     /// Compresses everything of an ended build.

@@ -330,6 +330,10 @@ impl Standing {
     async fn close_book(&self, build: &Arc<Build>) {
         self.enter_aside(build).await;
         let linger = async {
+            if !build.is_written_down() {
+                build.write_down_late().await; // until then nobody would find it outside of memory
+                self.enter_aside(build).await;
+            }
             drop(timeout(CONFIRMATION, build.confirmed()).await); // an agent that never comes back is not waited for
             sleep(self.settings.care.seal_after.map_or(LINGER, |after| after.min(LINGER))).await;
         };
@@ -556,7 +560,7 @@ pub(crate) fn entry(build: &Build) -> io::Result<Entry> {
     }
     let verdict = build.known_verdict();
     let summary = Summary::of(build, labels, sealed && verdict.is_some())?;
-    let ended = verdict.map(|verdict| verdict.ended);
+    let ended = verdict.filter(|_| build.is_written_down()).map(|verdict| verdict.ended);
     let stored = if ended.is_some() { build.size_on_disk()? } else { 0 };
     Ok(Entry { summary, created: build.declaration.created, ended, token: build.declaration.token, stored })
 }
