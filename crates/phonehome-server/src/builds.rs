@@ -32,6 +32,11 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
+use self::{
+    cursor::{Cursor, CursorError},
+    pace::Pace,
+    state::{Action, Life, Stored},
+};
 pub use self::{
     log::{BuildLog, LogItem, LogRecord},
     state::{Clock, Clocks, Outcome, StepLog, Verdict},
@@ -39,10 +44,6 @@ pub use self::{
 pub(crate) use self::{
     log::{Order, Streams, View},
     state::{BuildPhase, StepState},
-};
-use self::{
-    pace::Pace,
-    state::{Action, Life, Stored},
 };
 use crate::{
     declaration::Declaration,
@@ -797,6 +798,16 @@ impl Build {
     /// How often the connection of a step's newest attempt was cut.
     pub(crate) fn cuts(&self, step: &StepName) -> u64 {
         self.lock().life.cut_count(step)
+    }
+
+    /// The beginning of its log.
+    pub(crate) fn start(&self) -> Cursor {
+        Cursor::start(&self.id, self.declaration.created)
+    }
+
+    /// Reads a cursor of this build.
+    pub(crate) fn cursor(&self, text: &str) -> Result<Cursor, CursorError> {
+        Cursor::parse(text, &self.id, self.declaration.created)
     }
 
     /// The log of the whole build from its beginning.

@@ -3,12 +3,15 @@
 use std::{fmt, str::FromStr};
 
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
-use phonehome_proto::id::{Attempt, BuildId};
+use phonehome_proto::{
+    frame::UnixMicros,
+    id::{Attempt, BuildId},
+};
 
 /// How far a reader of a build has got. Only the build it was made for understands it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Cursor {
-    /// Checksum of the build's name.
+    /// Checksum of the build's name and of when it was declared: another one may have the name later.
     build: u32,
     /// Whether the end was told.
     pub(crate) ended: bool,
@@ -47,13 +50,13 @@ pub(crate) const MAX_CURSOR: usize = 8 * 1024;
 
 impl Cursor {
     /// The beginning of a build.
-    pub(crate) fn start(build: &BuildId) -> Self {
-        Self { build: mark(build), ended: false, reports: 0, places: Vec::new() }
+    pub(crate) fn start(build: &BuildId, created: UnixMicros) -> Self {
+        Self { build: mark(build, created), ended: false, reports: 0, places: Vec::new() }
     }
 
     /// Whether it was made for this build.
-    pub(crate) fn is_of(&self, build: &BuildId) -> bool {
-        self.build == mark(build)
+    pub(crate) fn is_of(&self, build: &BuildId, created: UnixMicros) -> bool {
+        self.build == mark(build, created)
     }
 
     /// How far the step that was declared as number `step` has got.
@@ -69,9 +72,9 @@ impl Cursor {
     }
 
     /// Reads a cursor of this build.
-    pub(crate) fn parse(text: &str, build: &BuildId) -> Result<Self, CursorError> {
+    pub(crate) fn parse(text: &str, build: &BuildId, created: UnixMicros) -> Result<Self, CursorError> {
         let cursor: Self = text.parse()?;
-        if cursor.is_of(build) { Ok(cursor) } else { Err(CursorError::Foreign) }
+        if cursor.is_of(build, created) { Ok(cursor) } else { Err(CursorError::Foreign) }
     }
 }
 
@@ -112,8 +115,8 @@ fn decode(wire: &[u8]) -> Option<Cursor> {
     Some(Cursor { build: u32::from_le_bytes(*build), ended: ended == 1, reports, places })
 }
 
-fn mark(build: &BuildId) -> u32 {
-    crc32c::crc32c(build.as_str().as_bytes())
+fn mark(build: &BuildId, created: UnixMicros) -> u32 {
+    crc32c::crc32c_append(crc32c::crc32c(build.as_str().as_bytes()), &created.to_le_bytes())
 }
 
 /// Seven bits per byte, the lowest first; the highest bit says that there are more.
@@ -156,7 +159,7 @@ mod tests {
             places in prop::collection::vec((any::<Attempt>(), any::<u64>()), 0..8),
         ) {
             let places = places.into_iter().map(|(attempt, next)| Place { attempt, next }).collect();
-            let cursor = Cursor { ended, reports, places, ..Cursor::start(&build("b")) };
+            let cursor = Cursor { ended, reports, places, ..Cursor::start(&build("b"), 1) };
             let text = cursor.to_string();
             prop_assert!(text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_".contains(&byte)));
             prop_assert_eq!(text.parse(), Ok(cursor));
@@ -172,7 +175,7 @@ mod tests {
 
     #[test]
     fn what_nobody_made_is_refused() {
-        let good = Cursor::start(&build("b")).to_string();
+        let good = Cursor::start(&build("b"), 1).to_string();
         let long = "A".repeat(MAX_CURSOR + 1);
         let endless = URL_SAFE_NO_PAD.encode([[1, 0, 0, 0, 0, 0].as_slice(), &[0xff; 11]].concat());
         let over = URL_SAFE_NO_PAD.encode([[1, 0, 0, 0, 0, 0].as_slice(), &[0xff; 9], &[2]].concat());
@@ -191,13 +194,14 @@ mod tests {
         ] {
             assert_eq!(bad.parse::<Cursor>(), Err(CursorError::Malformed), "{bad:.20}");
         }
-        assert_eq!(Cursor::parse(&good, &build("c")), Err(CursorError::Foreign));
-        assert!(Cursor::parse(&good, &build("b")).is_ok());
+        assert_eq!(Cursor::parse(&good, &build("c"), 1), Err(CursorError::Foreign));
+        assert_eq!(Cursor::parse(&good, &build("b"), 2), Err(CursorError::Foreign), "the next of its name");
+        assert!(Cursor::parse(&good, &build("b"), 1).is_ok());
     }
 
     #[test]
     fn as_many_steps_as_a_build_may_have_fit() {
-        let mut cursor = Cursor::start(&build("b"));
+        let mut cursor = Cursor::start(&build("b"), 1);
         (0..256).for_each(|step| cursor.set_place(step, Place { attempt: 1_000_000, next: 1 << 60 }));
         let text = cursor.to_string();
         assert!(text.len() < MAX_CURSOR, "{}", text.len());

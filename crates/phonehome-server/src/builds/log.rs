@@ -125,7 +125,7 @@ struct Turn {
 impl BuildLog {
     /// A cursor at the beginning.
     pub(super) fn new(build: Arc<Build>) -> Self {
-        let from = Cursor::start(&build.id);
+        let from = build.start();
         Self::view(build, View { order: Order::Turns, streams: Streams::All, from, until: None })
     }
 
@@ -441,7 +441,7 @@ mod tests {
         let scene = Scene::new(&STEPS);
         let mut actors: [Actor; 2] = Default::default();
         let view = |from| View { order, streams: Streams::All, from, until: None };
-        let mut log = BuildLog::view(scene.build.clone(), view(Cursor::start(&scene.build.id)));
+        let mut log = BuildLog::view(scene.build.clone(), view(scene.build.start()));
         let mut told: BTreeMap<String, Vec<String>> = BTreeMap::new();
         let mut note = |item: LogItem| {
             let LogItem::Record(LogRecord { step, record, .. }) = item else { panic!("nothing is lost") };
@@ -484,7 +484,7 @@ mod tests {
                     });
                 }
                 Act::Resume => {
-                    let position = Cursor::parse(&log.position().to_string(), &scene.build.id).unwrap();
+                    let position = scene.build.cursor(&log.position().to_string()).unwrap();
                     log = BuildLog::view(scene.build.clone(), view(position));
                 }
             }
@@ -516,7 +516,7 @@ mod tests {
         let (mut a, mut b) = (scene.agent(1, "a").await, scene.agent(2, "b").await);
         scene.write(&mut a, &[(1, Stream::Stdout, b"1"), (5, Stream::Stdout, b"5"), (4, Stream::Stdout, b"4")]).await;
         scene.write(&mut b, &[(2, Stream::Stdout, b"2"), (3, Stream::Stderr, b"3"), (9, Stream::Stdout, b"9")]).await;
-        let log = BuildLog::resume(scene.build.clone(), Cursor::start(&scene.build.id));
+        let log = BuildLog::resume(scene.build.clone(), scene.build.start());
         assert_eq!(texts(log), ["1", "2", "3", "5", "4", "9"]);
     }
 
@@ -528,7 +528,7 @@ mod tests {
             [(1, Stream::Stdout, b"out"), (2, Stream::Stderr, b"err"), (3, Stream::Event, b"{}")];
         scene.write(&mut a, &records).await;
         scene.write(&mut b, &records).await;
-        let from = Cursor::start(&scene.build.id);
+        let from = scene.build.start();
         let view = |streams, until| View { order: Order::Time, streams, from: from.clone(), until };
         let read = |view| texts(BuildLog::view(scene.build.clone(), view));
         let place = |next| Place { attempt: 1, next };

@@ -19,7 +19,7 @@ use super::{
     problem::Problem,
 };
 use crate::{
-    builds::{Order, Streams, View, cursor::Cursor},
+    builds::{Order, Streams, View},
     serve::Standing,
 };
 
@@ -41,8 +41,8 @@ pub(crate) async fn events(
     let given = headers.get(LAST_EVENT_ID).map(|value| value.to_str().unwrap_or_default().to_owned());
     let name = if given.is_some() { "Last-Event-ID" } else { "cursor" };
     let from = match given.filter(|id| !id.is_empty()).or(asked) {
-        Some(text) => Cursor::parse(&text, &id).map_err(|error| wrong(name, &error.to_string()))?,
-        None => Cursor::start(&id),
+        Some(text) => build.cursor(&text).map_err(|error| wrong(name, &error.to_string()))?,
+        None => build.start(),
     };
     if from.ended && build.known_verdict().is_some() {
         return Ok(StatusCode::NO_CONTENT.into_response()); // whoever was told the end need not come again

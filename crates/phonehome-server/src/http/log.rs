@@ -380,11 +380,11 @@ async fn beginning(
     seat: &Seat,
 ) -> Result<(Cursor, BTreeMap<(StepName, Attempt), Spot>), Problem> {
     if let Some(text) = &ask.cursor {
-        let cursor = Cursor::parse(text, &build.id).map_err(|error| wrong("cursor", &error.to_string()))?;
+        let cursor = build.cursor(text).map_err(|error| wrong("cursor", &error.to_string()))?;
         return Ok((cursor, BTreeMap::new()));
     }
     let spots = spots(ask, chosen, seat).await?;
-    let (mut cursor, mut starts) = (Cursor::start(&build.id), BTreeMap::new());
+    let (mut cursor, mut starts) = (build.start(), BTreeMap::new());
     for (files, spot) in chosen.attempts.iter().zip(spots) {
         if let Some(index) = build.declaration.steps.iter().position(|step| *step == files.step) {
             cursor.set_place(index, Place { attempt: files.attempt, next: spot.seq });

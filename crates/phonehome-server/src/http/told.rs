@@ -147,7 +147,7 @@ mod tests {
     #[test]
     fn an_event_of_the_stream_has_one_line_of_data() {
         let mut out = Vec::new();
-        let behind = Cursor::start(&"b".parse().unwrap());
+        let behind = Cursor::start(&"b".parse().unwrap(), 0);
         Told::item(&item(Stream::Stdout, b"a\r\nb\n\ndata: c\n\n"), &behind).write_event(&behind, &mut out);
         let text = String::from_utf8(out).unwrap();
         let lines: Vec<_> = text.split('\n').collect();
@@ -169,7 +169,7 @@ mod tests {
 
     fn line(item: &LogItem) -> Value {
         let mut out = Vec::new();
-        Told::item(item, &Cursor::start(&"b".parse().unwrap())).write_line(&mut out);
+        Told::item(item, &Cursor::start(&"b".parse().unwrap(), 0)).write_line(&mut out);
         assert_eq!(out.iter().filter(|&&byte| byte == b'\n').count(), 1);
         serde_json::from_slice(&out).unwrap()
     }

@@ -28,7 +28,7 @@ impl Scene {
     }
 
     fn follow_text(&self) -> Body {
-        self.follow(Form::Text(Lines::new(Decoration::NONE)), Streams::Output, Cursor::start(&self.build.id))
+        self.follow(Form::Text(Lines::new(Decoration::NONE)), Streams::Output, self.build.start())
     }
 }
 
@@ -83,7 +83,7 @@ proptest! {
         run(async {
             let scene = Scene::new(&["a", "b"]);
             let (mut a, mut b) = (scene.agent(1, "a").await, scene.agent(2, "b").await);
-            let (mut from, mut told) = (Cursor::start(&scene.build.id), Vec::new());
+            let (mut from, mut told) = (scene.build.start(), Vec::new());
             for (at, cut) in cuts.iter().enumerate() {
                 let text = format!("{at}");
                 let (agent, other) = if at % 2 == 0 { (&mut a, &mut b) } else { (&mut b, &mut a) };
@@ -114,7 +114,7 @@ fn note(event: &str, scene: &Scene, told: &mut Vec<String>) -> Cursor {
     let field = |name| event.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_default();
     let data: Value = serde_json::from_str(field("data: ")).unwrap();
     told.extend(data["text"].as_str().map(str::to_owned));
-    Cursor::parse(field("id: "), &scene.build.id).unwrap()
+    scene.build.cursor(field("id: ")).unwrap()
 }
 
 /// Those who take nothing keep neither the writer nor the others from anything.
@@ -142,7 +142,7 @@ fn a_line_is_told_at_once_and_silence_is_broken_by_comments() {
     run(async {
         let scene = Scene::new(&["main"]);
         let mut agent = scene.agent(1, "main").await;
-        let mut body = scene.follow(Form::Sse, Streams::All, Cursor::start(&scene.build.id));
+        let mut body = scene.follow(Form::Sse, Streams::All, scene.build.start());
         let begun = Instant::now();
         assert_eq!((piece(&mut body).await.as_str(), begun.elapsed().as_secs()), (":\n\n", 15));
         scene.write(&mut agent, &[(1, Stream::Stdout, b"line\n")]).await;
@@ -172,7 +172,7 @@ fn a_log_that_is_not_followed_ends_at_what_is_stored() {
         let scene = Scene::new(&["main"]);
         let mut agent = scene.agent(1, "main").await;
         scene.write(&mut agent, &[(1, Stream::Stdout, b"one\ntwo\n"), (2, Stream::Stdout, b"three\n")]).await;
-        let from = Cursor::start(&scene.build.id);
+        let from = scene.build.start();
         let view = View { order: Order::Time, streams: Streams::All, from, until: None };
         let key = ("main".parse().unwrap(), 1);
         for (skip, expected) in
@@ -210,7 +210,7 @@ fn reports_are_told_among_the_rest_and_once() {
         };
         scene.build.note_reports([report(1, "early"), report(9, "late")]);
         scene.write(&mut agent, &[(5, Stream::Stdout, b"between\n")]).await;
-        let mut body = scene.follow(Form::Sse, Streams::All, Cursor::start(&scene.build.id));
+        let mut body = scene.follow(Form::Sse, Streams::All, scene.build.start());
         let told = piece(&mut body).await;
         let at = |text| told.find(text).unwrap_or_else(|| panic!("{text}: {told}"));
         assert!(at("early") < at("between") && at("between") < at("late"));
