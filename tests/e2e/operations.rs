@@ -116,6 +116,46 @@ async fn a_file_of_options_can_be_checked() {
     }
 }
 
+#[tokio::test]
+async fn what_a_request_says_and_is_not_understood_changes_nothing() {
+    let standing = Standing::start(&[]).await;
+    let token = standing.declare_one("b").await;
+    assert_eq!(standing.agent("b", &token, &[], "echo hello").ended().await, 0);
+    standing.ended("b").await;
+    let dry_run = Some(json!({"dry_run": true}));
+    for (method, path, body) in [
+        ("DELETE", "/api/v1/builds/b?dry_run=1", None),
+        ("DELETE", "/api/v1/builds/b", dry_run.clone()),
+        ("DELETE", "/api/v1/tokens/given-reader?x=1", None),
+        ("GET", "/api/v1/tokens?x=1", None),
+        ("POST", "/api/v1/builds/b/cancel?x=1", None),
+        ("POST", "/api/v1/builds/b/events?x=1", Some(json!({"type": "Normal", "reason": "X", "message": "x"}))),
+        ("POST", "/api/v1/builds/b/verify", dry_run.clone()),
+        ("POST", "/api/v1/builds/b/verify?x=1", None),
+        ("POST", "/api/v1/builds?x=1", Some(json!({"id": "other"}))),
+        ("POST", "/api/v1/retention", dry_run),
+        ("POST", "/api/v1/retention?dryrun=1", None),
+        ("POST", "/api/v1/tokens?x=1", Some(json!({"name": "ci", "scope": "read"}))),
+    ] {
+        let answer = standing.ask(method, path, ADMIN, body).await;
+        assert_eq!(answer.status, 400, "{method} {path}: {answer:?}");
+    }
+    assert_eq!(standing.get("/api/v1/builds/other").await.status, 404);
+    assert_eq!(standing.post("/api/v1/builds/b/verify", json!({})).await.json()["ok"], json!(true));
+}
+
+#[tokio::test]
+async fn a_wrong_member_of_a_body_is_named_by_a_pointer() {
+    let standing = Standing::start(&[]).await;
+    for (path, body, at) in [
+        ("/api/v1/builds", json!({"timeouts": {"grace": -1}}), "/timeouts/grace"),
+        ("/api/v1/tokens", json!({"name": "", "scope": "read"}), "/name"),
+        ("/api/v1/tokens", json!({"name": "x", "scope": "read", "expires_in": 0}), "/expires_in"),
+    ] {
+        assert_eq!(standing.post(path, body).await.json()["errors"][0]["at"], at, "{path}");
+    }
+}
+
 fn lines(path: &std::path::Path) -> Vec<Value> {
     let text = std::fs::read_to_string(path).unwrap_or_default();
     text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()

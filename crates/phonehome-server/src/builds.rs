@@ -788,9 +788,17 @@ impl Build {
     /// Every attempt so far, and how its step stands.
     pub(crate) fn attempts(&self) -> Vec<(Arc<AttemptFiles>, StepState)> {
         let inner = self.lock();
+        let mut newest = BTreeMap::new();
+        for files in &inner.attempts {
+            let attempt = newest.entry(&files.step).or_insert(files.attempt);
+            *attempt = files.attempt.max(*attempt);
+        }
         let state = |files: &AttemptFiles| {
-            let is_newest = inner.newest(&files.step).is_some_and(|newest| newest.attempt == files.attempt);
-            if is_newest { inner.life.step_state(&files.step) } else { StepState::Superseded }
+            if newest.get(&files.step) == Some(&files.attempt) {
+                inner.life.step_state(&files.step)
+            } else {
+                StepState::Superseded
+            }
         };
         inner.attempts.iter().map(|files| (files.clone(), state(files))).collect()
     }

@@ -22,7 +22,7 @@ use tokio::time::timeout;
 use super::{
     auth::Caller,
     body::{Answer, Json},
-    params::{Named, Query, wrong},
+    params::{Named, NoQuery, Query, wrong},
     problem::Problem,
 };
 use crate::{
@@ -93,6 +93,7 @@ const MAX_TIMEOUT: f64 = 10.0 * 366.0 * 24.0 * 3600.0;
 pub(crate) async fn declare(
     State(standing): State<Arc<Standing>>,
     caller: Caller,
+    _: NoQuery,
     headers: HeaderMap,
     Json(new): Json<NewBuild>,
 ) -> Result<Response, Problem> {
@@ -383,7 +384,8 @@ pub(crate) fn detail(build: &Build) -> std::io::Result<Detail> {
     let mut steps: Vec<_> =
         build.declaration.steps.iter().map(|step| StepShown { step: step.clone(), attempts: Vec::new() }).collect();
     for (files, state) in attempts {
-        let cuts = verdict_cuts(build, &files);
+        let is_newest = state != StepState::Superseded;
+        let cuts = if is_newest { build.cuts(&files.step) } else { 0 }; // those of others are not counted
         let shown = attempt(&files, state, cuts)?;
         match steps.iter_mut().find(|step| step.step == files.step) {
             Some(step) => step.attempts.push(shown),
@@ -408,13 +410,6 @@ pub(crate) fn detail(build: &Build) -> std::io::Result<Detail> {
         steps,
         reports: build.reports().iter().map(|report| (**report).clone()).collect(),
     })
-}
-
-/// Only the newest attempt's are counted.
-fn verdict_cuts(build: &Build, files: &AttemptFiles) -> u64 {
-    let newest =
-        build.attempts().iter().filter(|(other, _)| other.step == files.step).map(|(other, _)| other.attempt).max();
-    if newest == Some(files.attempt) { build.cuts(&files.step) } else { 0 }
 }
 
 fn attempt(files: &AttemptFiles, state: StepState, cuts: u64) -> std::io::Result<AttemptShown> {
@@ -491,6 +486,7 @@ pub(crate) async fn cancel(
     State(standing): State<Arc<Standing>>,
     caller: Caller,
     Named(id): Named,
+    _: NoQuery,
     Json(cancelling): Json<Cancelling>,
 ) -> Result<StatusCode, Problem> {
     caller.may_launch()?;
@@ -530,4 +526,25 @@ pub(crate) async fn wait(
         () = standing.shared.shutdown.cancelled() => return Err(Problem::unavailable("the server shuts down").retry_after(1)),
     };
     if ended { answer(&standing, &id).await } else { Ok(StatusCode::NO_CONTENT.into_response()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::scene::Scene;
+
+    #[tokio::test]
+    async fn only_the_newest_attempt_of_a_step_has_its_state_and_its_cuts() {
+        let scene = Scene::new(&["main", "other"]);
+        let mut agents = Vec::new();
+        for producer in [1, 2, 3, 3] {
+            agents.push(scene.agent(producer, "main").await); // the third comes back after a cut
+        }
+        agents.push(scene.agent(4, "other").await);
+        let shown = detail(&scene.build).unwrap();
+        let all = shown.steps.iter().flat_map(|step| &step.attempts);
+        let told: Vec<_> = all.map(|attempt| (attempt.attempt, attempt.state, attempt.cuts)).collect();
+        let (gone, here) = (StepState::Superseded, StepState::Connected);
+        assert_eq!(told, [(1, gone, 0), (2, gone, 0), (3, here, 1), (1, here, 0)]);
+    }
 }

@@ -12,8 +12,8 @@ use serde::Serialize;
 
 use super::{
     auth::Caller,
-    body::Answer,
-    params::{Named, Query},
+    body::{Answer, Json, Nothing},
+    params::{Named, NoQuery, Query},
     problem::Problem,
 };
 use crate::{
@@ -28,6 +28,8 @@ pub(crate) async fn delete(
     State(standing): State<Arc<Standing>>,
     caller: Caller,
     Named(id): Named,
+    _: NoQuery,
+    Json(Nothing {}): Json<Nothing>,
 ) -> Result<StatusCode, Problem> {
     caller.may_administer()?;
     match standing.remove(&id, "deleted").await {
@@ -59,6 +61,7 @@ pub(crate) async fn retain(
     State(standing): State<Arc<Standing>>,
     caller: Caller,
     mut query: Query,
+    Json(Nothing {}): Json<Nothing>,
 ) -> Result<Response, Problem> {
     caller.may_administer()?;
     let dry_run = query.switch("dry_run")?;
@@ -100,16 +103,25 @@ pub(crate) async fn check(
     State(standing): State<Arc<Standing>>,
     caller: Caller,
     Named(id): Named,
+    _: NoQuery,
+    Json(Nothing {}): Json<Nothing>,
 ) -> Result<Response, Problem> {
     caller.may_read()?;
     let build = standing.known(&id).await?;
     if build.known_verdict().is_none() {
         return Err(Problem::conflict(format!("build {id} has not ended: there is nothing to compare with yet")));
     }
+    let turn = standing.readers.verification();
+    let turn =
+        turn.ok_or_else(|| Problem::unavailable("as many builds are verified as may be at once").retry_after(5))?;
     let store = standing.shared.store.clone();
-    let verified = move || match archive::load(store.disk(), store.data(), &build.id)? {
+    let verify = move || match archive::load(store.disk(), store.data(), &build.id)? {
         Some(archived) => verify::verify(&archived, &mut |_, _| {}),
         None => Ok(Vec::new()),
+    };
+    let verified = move || {
+        let _turn = turn; // until it is done, whoever still waits for it
+        verify()
     };
     let attempts = standing.shared.env.blocking(verified).await?;
     let attempts: Vec<_> = attempts.into_iter().map(shown).collect();

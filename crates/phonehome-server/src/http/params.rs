@@ -37,6 +37,17 @@ impl<S: Send + Sync> FromRequestParts<S> for Query {
     }
 }
 
+/// Nothing behind the path: a parameter that is not understood may change what was meant, as `dry_run` would.
+pub(crate) struct NoQuery;
+
+impl<S: Send + Sync> FromRequestParts<S> for NoQuery {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
+        Query::from_request_parts(parts, state).await?.end().map(|()| Self)
+    }
+}
+
 impl Query {
     /// Every value of a parameter.
     pub(crate) fn all(&mut self, name: &str) -> Vec<String> {

@@ -6,7 +6,12 @@ use axum::extract::State;
 use http::StatusCode;
 use phonehome_proto::id::BuildId;
 
-use super::{auth::Caller, body::Json, params::Named, problem::Problem};
+use super::{
+    auth::Caller,
+    body::Json,
+    params::{Named, NoQuery},
+    problem::Problem,
+};
 use crate::{
     report::{Report, Told},
     serve::Standing,
@@ -17,6 +22,7 @@ pub(crate) async fn report(
     State(standing): State<Arc<Standing>>,
     caller: Caller,
     Named(id): Named,
+    _: NoQuery,
     Json(told): Json<Told>,
 ) -> Result<StatusCode, Problem> {
     caller.may_report(&id)?;
@@ -28,6 +34,7 @@ pub(crate) async fn report(
 pub(crate) async fn report_of_any(
     State(standing): State<Arc<Standing>>,
     caller: Caller,
+    _: NoQuery,
     Json(told): Json<Told>,
 ) -> Result<StatusCode, Problem> {
     caller.may_launch()?;

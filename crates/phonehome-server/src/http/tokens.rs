@@ -8,7 +8,8 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     auth::Caller,
-    body::{Answer, Json},
+    body::{Answer, Json, Nothing},
+    params::NoQuery,
     problem::Problem,
 };
 use crate::{
@@ -48,7 +49,11 @@ pub(crate) struct Made {
 }
 
 /// `GET tokens`.
-pub(crate) async fn list(State(standing): State<Arc<Standing>>, caller: Caller) -> Result<Answer<List>, Problem> {
+pub(crate) async fn list(
+    State(standing): State<Arc<Standing>>,
+    caller: Caller,
+    _: NoQuery,
+) -> Result<Answer<List>, Problem> {
     caller.may_administer()?;
     Ok(Answer(StatusCode::OK, List { tokens: standing.tokens.list() }))
 }
@@ -57,6 +62,7 @@ pub(crate) async fn list(State(standing): State<Arc<Standing>>, caller: Caller) 
 pub(crate) async fn create(
     State(standing): State<Arc<Standing>>,
     caller: Caller,
+    _: NoQuery,
     Json(wanted): Json<Wanted>,
 ) -> Result<Answer<Made>, Problem> {
     caller.may_administer()?;
@@ -71,6 +77,8 @@ pub(crate) async fn revoke(
     State(standing): State<Arc<Standing>>,
     caller: Caller,
     Path(id): Path<String>,
+    _: NoQuery,
+    Json(Nothing {}): Json<Nothing>,
 ) -> Result<StatusCode, Problem> {
     caller.may_administer()?;
     aside(&standing, move |tokens| tokens.revoke(&id)).await?;
@@ -100,7 +108,7 @@ impl Lifetime {
             time if (SHORTEST..=LONGEST).contains(&time) => Ok(time),
             _ => Err("a token is good for a second to a hundred years".to_owned()),
         });
-        time.map_err(|why| Problem::bad_request("the token cannot be made").at("expires_in", why))
+        time.map_err(|why| Problem::bad_request("the token cannot be made").at("/expires_in", why))
     }
 }
 
@@ -111,7 +119,7 @@ impl From<TokenError> for Problem {
             TokenError::Given(_) => Self::conflict(error.to_string()),
             TokenError::TooMany => Self::too_many(error.to_string()),
             TokenError::Unfit(_) => Self::bad_request(error.to_string()),
-            TokenError::UnfitName => Self::bad_request("the token cannot be made").at("name", error.to_string()),
+            TokenError::UnfitName => Self::bad_request("the token cannot be made").at("/name", error.to_string()),
             TokenError::Damaged { .. } | TokenError::Random(_) | TokenError::Storage(..) => {
                 Self::failed(&std::io::Error::other(error))
             }
