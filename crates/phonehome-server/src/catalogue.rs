@@ -70,6 +70,7 @@ const SCHEMA: &str = "
     ) WITHOUT ROWID;
     CREATE INDEX builds_by_time ON builds (created DESC, id DESC);
     CREATE INDEX builds_by_end ON builds (ended) WHERE ended IS NOT NULL;
+    CREATE INDEX builds_to_seal ON builds (ended) WHERE ended IS NOT NULL AND NOT sealed;
     CREATE INDEX builds_by_verdict ON builds (verdict, created DESC);
     CREATE INDEX builds_by_token ON builds (token);
     CREATE TABLE labels (
@@ -182,15 +183,23 @@ impl Catalogue {
         })
     }
 
-    /// Ended builds, the first to end first. Only those that are not sealed and ended before `unsealed_before`, or all.
-    pub(crate) fn ended(&self, unsealed_before: Option<UnixMicros>) -> io::Result<Vec<Ended>> {
+    /// Ended builds, the first to end first.
+    pub(crate) fn ended(&self) -> io::Result<Vec<Ended>> {
+        self.select_ended("ended IS NOT NULL", UnixMicros::MAX)
+    }
+
+    /// Those that are not sealed and ended before `before`: there is an index for just this question.
+    pub(crate) fn unsealed(&self, before: UnixMicros) -> io::Result<Vec<Ended>> {
+        self.select_ended("ended IS NOT NULL AND NOT sealed", before)
+    }
+
+    fn select_ended(&self, condition: &str, before: UnixMicros) -> io::Result<Vec<Ended>> {
+        let before = i64::try_from(before).unwrap_or(i64::MAX);
         self.with(|connection| {
-            let before = unsealed_before.map_or(i64::MAX, |before| before as i64);
-            let mut query = connection.prepare(
-                "SELECT id, ended, stored FROM builds WHERE ended IS NOT NULL AND (?1 OR NOT sealed) AND ended < ?2
-                 ORDER BY ended, id",
-            )?;
-            let rows = query.query_map(params![unsealed_before.is_none(), before], |row| {
+            let mut query = connection.prepare(&format!(
+                "SELECT id, ended, stored FROM builds WHERE {condition} AND ended < ?1 ORDER BY ended, id"
+            ))?;
+            let rows = query.query_map([before], |row| {
                 Ok((row.get::<_, String>(0)?, row.get::<_, i64>(1)?, row.get::<_, i64>(2)?))
             })?;
             let mut found = Vec::new();
@@ -332,10 +341,23 @@ mod tests {
         assert!(catalogue.list(&filter).unwrap().summaries.is_empty());
         assert_eq!(catalogue.ids().unwrap(), BTreeSet::from([("b".to_owned(), true)]));
         assert_eq!(catalogue.by_token(&hash_token("b")).unwrap().unwrap().as_str(), "b");
-        assert_eq!(catalogue.ended(None).unwrap().len(), 1);
-        assert_eq!(catalogue.ended(Some(1)).unwrap().len(), 0, "it ended at 1");
+        assert_eq!(catalogue.ended().unwrap().len(), 1);
+        assert_eq!([1, 2].map(|before| catalogue.unsealed(before).unwrap().len()), [0, 1], "it ended at 1");
         catalogue.remove("b").unwrap();
         assert!(catalogue.ids().unwrap().is_empty() && catalogue.by_token(&hash_token("b")).unwrap().is_none());
+    }
+
+    #[test]
+    fn unsealed_builds_are_found_without_a_look_at_the_others() {
+        let (_dir, catalogue) = scene();
+        let plan: String = catalogue
+            .with(|connection| {
+                let sql = "EXPLAIN QUERY PLAN SELECT id, ended, stored FROM builds
+                    WHERE ended IS NOT NULL AND NOT sealed AND ended < ?1 ORDER BY ended, id";
+                connection.query_row(sql, [1], |row| row.get("detail"))
+            })
+            .unwrap();
+        assert!(plan.contains("builds_to_seal"), "{plan}");
     }
 
     #[test]
