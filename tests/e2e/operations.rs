@@ -145,6 +145,28 @@ async fn what_a_request_says_and_is_not_understood_changes_nothing() {
 }
 
 #[tokio::test]
+async fn behind_the_verdict_a_build_has_no_line_and_its_token_opens_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("lifecycle.log");
+    let standing = Standing::start(&["--lifecycle-log", path.to_str().unwrap()]).await;
+    let (token, other) = (standing.declare_one("b").await, standing.declare_one("other").await);
+    let report = |reason: &str| Some(json!({"type": "Warning", "reason": reason, "message": "x"}));
+    let tell = async |build: &str, token: &str, reason: &str| {
+        standing.ask("POST", &format!("/api/v1/builds/{build}/events"), token, report(reason)).await.status
+    };
+    assert_eq!(tell("b", &token, "Early").await, 202);
+    assert_eq!(standing.agent("b", &token, &[], "echo hello").ended().await, 0);
+    standing.ended("b").await;
+    assert_eq!(tell("b", &token, "Late").await, 403);
+    assert_eq!(tell("b", ADMIN, "Late").await, 202);
+    assert_eq!(tell("other", &other, "Last").await, 202);
+    eventually("the last report is a line", || lines(&path).iter().any(|line| line["reason"] == "Last")).await;
+    let lines = lines(&path);
+    assert!(lines.iter().any(|line| line["reason"] == "Early"), "{lines:#?}");
+    assert!(!lines.iter().any(|line| line["reason"] == "Late"), "{lines:#?}");
+}
+
+#[tokio::test]
 async fn a_wrong_member_of_a_body_is_named_by_a_pointer() {
     let standing = Standing::start(&[]).await;
     for (path, body, at) in [

@@ -66,8 +66,11 @@ impl Lifecycle {
         Ok(Self { env: env.clone(), form, inner: Mutex::default(), writer })
     }
 
-    /// An agent has said hello and has its attempt.
+    /// An agent has said hello and has its attempt. One whose end is accepted already only asks for the answer again.
     pub(crate) fn handle_hello(&self, files: &Arc<AttemptFiles>, labels: &BTreeMap<String, String>) {
+        if files.progress.borrow().finished.is_some() {
+            return;
+        }
         let mut inner = self.lock();
         self.settle(&mut inner, &files.build, &files.step); // of an earlier attempt, or an earlier connection
         let pending = inner.pending.entry(key(files)).or_insert_with(|| Pending::new(files));
@@ -126,9 +129,19 @@ impl Lifecycle {
         inner.pending.remove(&key(files));
     }
 
-    /// Somebody beside the build has told something about it.
-    pub(crate) fn handle_report(&self, build: &BuildId, labels: &BTreeMap<String, String>, told: &Told<'_>) {
+    /// Somebody beside the build has told something about it. `is_over` says whether the build has its verdict, behind
+    /// which there is no line: whoever tells the verdict does so after that can be known, and waits for this lock.
+    pub(crate) fn handle_report(
+        &self,
+        build: &BuildId,
+        labels: &BTreeMap<String, String>,
+        told: &Told<'_>,
+        is_over: impl FnOnce() -> bool,
+    ) {
         let mut inner = self.lock();
+        if is_over() {
+            return;
+        }
         let lines = inner.machine.handle_report(build, labels, self.env.nature.now(), told);
         self.write(&lines);
     }

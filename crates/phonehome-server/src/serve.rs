@@ -442,7 +442,8 @@ impl Standing {
         };
         self.shared.store.report(&build.id, report.to_line()).await?;
         if let Some(lifecycle) = self.shared.lifecycle.get().filter(|_| is_new) {
-            lifecycle.handle_report(&build.id, &build.declaration.labels, &Told::from(&report));
+            let is_over = || build.known_verdict().is_some();
+            lifecycle.handle_report(&build.id, &build.declaration.labels, &Told::from(&report), is_over);
         }
         build.note_reports([report]);
         let (standing, build) = (self.clone(), build.clone());

@@ -36,6 +36,14 @@ impl Caller {
         }
     }
 
+    /// Lets everybody pass who may tell about a build that has ended, which its own token may not.
+    pub(crate) fn may_report_late(&self) -> Result<(), Problem> {
+        match &self.0 {
+            Access::Build(_) => Err(refused("the build has ended, and its token opens nothing any more")),
+            Access::Admin | Access::Launch | Access::Read => self.may_launch(),
+        }
+    }
+
     /// Lets those pass who may do everything.
     pub(crate) fn may_administer(&self) -> Result<(), Problem> {
         self.may(Action::Administer)

@@ -13,6 +13,7 @@ use super::{
     problem::Problem,
 };
 use crate::{
+    builds::Build,
     report::{Report, Told},
     serve::Standing,
 };
@@ -27,7 +28,11 @@ pub(crate) async fn report(
 ) -> Result<StatusCode, Problem> {
     caller.may_report(&id)?;
     let report = report_of(&standing, told)?;
-    take(&standing, &id, report).await
+    let build = standing.known(&id).await?;
+    if build.known_verdict().is_some() {
+        caller.may_report_late()?;
+    }
+    take(&standing, &build, report).await
 }
 
 /// `POST events`: the object of the event says which build it belongs to. One that belongs to none is not kept.
@@ -42,7 +47,7 @@ pub(crate) async fn report_of_any(
     let report = report_of(&standing, told)?;
     let Some(id) = id else { return Ok(StatusCode::NO_CONTENT) };
     match standing.find(&id).await? {
-        Some(_) => take(&standing, &id, report).await,
+        Some(build) => take(&standing, &build, report).await,
         None => Ok(StatusCode::NO_CONTENT),
     }
 }
@@ -52,8 +57,7 @@ fn report_of(standing: &Standing, told: Told) -> Result<Report, Problem> {
     report.map_err(|error| Problem::bad_request(error.to_string()))
 }
 
-async fn take(standing: &Arc<Standing>, id: &BuildId, report: Report) -> Result<StatusCode, Problem> {
-    let build = standing.known(id).await?;
-    standing.report(&build, report).await?;
+async fn take(standing: &Arc<Standing>, build: &Arc<Build>, report: Report) -> Result<StatusCode, Problem> {
+    standing.report(build, report).await?;
     Ok(StatusCode::ACCEPTED)
 }

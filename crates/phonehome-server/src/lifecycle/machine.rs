@@ -156,14 +156,13 @@ impl Machine {
         time: UnixMicros,
         change: Change<'_>,
     ) -> Vec<Line> {
-        let known = self.0.entry(build.clone()).or_default();
         let names = Names { build, step: Some(step) };
         if let Change::Hello { labels } = change {
-            return known.handle_hello(names, attempt, time, labels);
+            return self.0.entry(build.clone()).or_default().handle_hello(names, attempt, time, labels);
         }
-        let Some(known) = known.steps.get_mut(step).filter(|known| known.attempt == attempt && !known.is_deleted)
-        else {
-            return Vec::new(); // late news of an attempt that is told to its end
+        let known = self.0.get_mut(build).and_then(|known| known.steps.get_mut(step));
+        let Some(known) = known.filter(|known| known.attempt == attempt && !known.is_deleted) else {
+            return Vec::new(); // late news of an attempt, or a build, that is told to its end
         };
         match change {
             Change::Hello { .. } => Vec::new(),
@@ -532,6 +531,18 @@ mod tests {
         ]);
         scene.verdict(&succeeded());
         scene.expect(&["info delete terminated Succeeded succeeded"]);
+        assert!(scene.machine.0.is_empty());
+    }
+
+    #[test]
+    fn what_is_told_of_a_step_after_the_end_of_its_build_is_no_line_and_leaves_nothing() {
+        let mut scene = Scene::connected();
+        scene.verdict(&succeeded());
+        scene.lines.clear();
+        scene.change(1, Change::Disconnected);
+        scene.event(&born());
+        scene.finish(&End::Exited(0));
+        scene.expect(&[]);
         assert!(scene.machine.0.is_empty());
     }
 
