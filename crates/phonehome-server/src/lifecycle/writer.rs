@@ -212,6 +212,8 @@ struct Rotated {
     keep: u32,
     file: File,
     written: u64,
+    /// When it is replaced, bytes.
+    full_at: u64,
     is_torn: bool,
 }
 
@@ -219,15 +221,19 @@ impl Rotated {
     fn open(path: PathBuf, size: u64, keep: u32) -> io::Result<Self> {
         let file = append(&path)?;
         let written = file.metadata()?.len();
-        Ok(Self { path, size, keep, file, written, is_torn: false })
+        Ok(Self { path, size, keep, file, written, full_at: size, is_torn: false })
     }
 
     fn write(&mut self, lines: &[u8]) -> io::Result<()> {
         if self.was_moved() {
             self.reopen()?; // by logrotate, say
         }
-        if self.written > 0 && self.written + lines.len() as u64 > self.size {
-            self.rotate()?;
+        if self.written > 0
+            && self.written + lines.len() as u64 > self.full_at
+            && let Err(error) = self.rotate()
+        {
+            warn!("the lifecycle log goes on in the file that is full: it cannot be replaced: {error}");
+            self.full_at = self.written.saturating_add(self.size); // when it is tried again
         }
         write_to(&mut self.file, &mut self.is_torn, lines)?;
         self.written += lines.len() as u64;
@@ -240,8 +246,9 @@ impl Rotated {
     }
 
     fn rotate(&mut self) -> io::Result<()> {
-        for number in (1..self.keep).rev() {
-            drop(fs::rename(numbered(&self.path, number), numbered(&self.path, number + 1))); // there may be none yet
+        let gap = (1..self.keep).find(|number| !numbered(&self.path, *number).exists());
+        for number in (1..gap.unwrap_or(self.keep)).rev() {
+            fs::rename(numbered(&self.path, number), numbered(&self.path, number + 1))?;
         }
         if self.keep == 0 {
             fs::remove_file(&self.path)?;
@@ -253,7 +260,7 @@ impl Rotated {
 
     fn reopen(&mut self) -> io::Result<()> {
         self.file = append(&self.path)?;
-        self.written = self.file.metadata()?.len();
+        (self.written, self.full_at) = (self.file.metadata()?.len(), self.size);
         self.is_torn = false;
         Ok(())
     }
@@ -293,6 +300,30 @@ mod tests {
         let last: String = (26..50).map(|number| format!("line {number:02}\n")).collect();
         assert!(all.concat().ends_with(&last), "{all:?}");
         assert!(!numbered(&path, 3).exists() && writer.dropped() == 0);
+    }
+
+    #[tokio::test]
+    async fn a_file_that_cannot_be_replaced_is_written_further_until_it_can() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lifecycle.log");
+        let obstacle = numbered(&path, 1);
+        fs::create_dir(&obstacle).unwrap();
+        let writer = start(&path, 16, 1);
+        let write = async |text: &str| {
+            writer.write(text.as_bytes().to_vec());
+            writer.flush(PATIENCE).await;
+        };
+        for line in ["first\n", "second\n", "third\n", "fourth\n"] {
+            write(line).await;
+        }
+        assert_eq!(
+            (fs::read_to_string(&path).unwrap().as_str(), writer.dropped()),
+            ("first\nsecond\nthird\nfourth\n", 0)
+        );
+        fs::remove_dir(&obstacle).unwrap();
+        write("fifth\n").await;
+        write("sixth\n").await;
+        assert!(fs::read_to_string(&path).unwrap().ends_with("sixth\n") && obstacle.is_file());
     }
 
     #[tokio::test]
