@@ -102,7 +102,7 @@ impl Identity {
     pub(crate) fn open(env: &Env, source: KeySource, clients: Option<&ClientAuth>) -> Result<Self, IdentityError> {
         let pair = match &source {
             KeySource::Files { certificates, key } => files::load(certificates, key)?,
-            KeySource::Kept { dir, names } => kept::open(&*env.disk, dir, names)?,
+            KeySource::Kept { dir, names } => kept::open(&*env.disk, dir, names, env.nature.now())?,
             KeySource::New => sign(&KeyPair::generate()?, &[])?,
         };
         let pin = pair.pin.clone();
@@ -163,6 +163,16 @@ impl Pair {
         let pin = pin(&ParsedCertificate::try_from(certificate)?.subject_public_key_info());
         let not_after = validity::not_after(certificate);
         Ok(Self { pin, not_after, certified: Arc::new(certified) })
+    }
+
+    /// Whether it says what `new` says, and not for a short while only.
+    fn can_replace(&self, new: &Self, now: UnixMicros) -> bool {
+        let extensions = |pair: &Self| {
+            let certificate = pair.certified.end_entity_cert().ok()?;
+            validity::extensions(certificate).map(<[u8]>::to_vec) // its names, and whatever else is in every new one
+        };
+        let is_same = extensions(self).is_some_and(|own| Some(own) == extensions(new));
+        is_same && self.not_after.is_some_and(|end| end > now) && self.warning(now).is_none()
     }
 
     /// What a person should know about the certificate's end.

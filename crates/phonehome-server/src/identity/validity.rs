@@ -1,16 +1,10 @@
-//! When a certificate ends: the one thing that TLS libraries check and do not tell.
+//! When a certificate ends and what it extends to: things that TLS libraries check and do not tell.
 
 use phonehome_proto::frame::UnixMicros;
 
 /// The end of a certificate's validity (RFC 5280, section 4.1); `None` when it is not one.
 pub(super) fn not_after(certificate: &[u8]) -> Option<UnixMicros> {
-    let mut certificate = Der(Der(certificate).take(SEQUENCE)?);
-    let mut signed = Der(certificate.take(SEQUENCE)?);
-    signed.skip_optional(VERSION);
-    signed.take(INTEGER)?; // serial number
-    signed.take(SEQUENCE)?; // algorithm of the signature
-    signed.take(SEQUENCE)?; // issuer
-    let mut validity = Der(signed.take(SEQUENCE)?);
+    let mut validity = Der(from_validity(certificate)?.take(SEQUENCE)?);
     validity.any()?; // not before
     match validity.any()? {
         (UTC_TIME, text) => time(text, 2),
@@ -19,6 +13,27 @@ pub(super) fn not_after(certificate: &[u8]) -> Option<UnixMicros> {
     }
 }
 
+/// The extensions as they are written, its names among them; `None` when there are none.
+pub(super) fn extensions(certificate: &[u8]) -> Option<&[u8]> {
+    let mut rest = from_validity(certificate)?;
+    rest.take(SEQUENCE)?; // validity
+    rest.take(SEQUENCE)?; // subject
+    rest.take(SEQUENCE)?; // its public key
+    rest.take(EXTENSIONS) // nobody writes the unique identifiers that might stand before them
+}
+
+/// What is signed, from the validity on.
+fn from_validity(certificate: &[u8]) -> Option<Der<'_>> {
+    let mut certificate = Der(Der(certificate).take(SEQUENCE)?);
+    let mut signed = Der(certificate.take(SEQUENCE)?);
+    signed.skip_optional(VERSION);
+    signed.take(INTEGER)?; // serial number
+    signed.take(SEQUENCE)?; // algorithm of the signature
+    signed.take(SEQUENCE)?; // issuer
+    Some(signed)
+}
+
+const EXTENSIONS: u8 = 0xa3;
 const INTEGER: u8 = 0x02;
 const UTC_TIME: u8 = 0x17;
 const GENERALIZED_TIME: u8 = 0x18;
