@@ -22,14 +22,15 @@ use std::sync::Arc;
 
 use axum::{
     Router,
-    middleware::from_fn_with_state,
-    response::IntoResponse,
+    extract::{Request, State},
+    middleware::{Next, from_fn_with_state},
+    response::{IntoResponse, Response},
     routing::{delete, get, post},
 };
-use http::header::CONTENT_TYPE;
+use http::{Method, header::CONTENT_TYPE};
 
 use self::problem::Problem;
-use crate::serve::Standing;
+use crate::{origin, serve::Standing};
 
 /// Everything that is served beside the agents.
 pub(crate) fn router(standing: Arc<Standing>) -> Router {
@@ -54,6 +55,7 @@ pub(crate) fn router(standing: Arc<Standing>) -> Router {
         .route("/metrics", get(metrics::metrics))
         .fallback(unknown_path)
         .method_not_allowed_fallback(wrong_method)
+        .layer(from_fn_with_state(standing.clone(), refuse_strange_pages))
         .layer(from_fn_with_state(standing.clone(), metrics::count))
         .with_state(standing)
 }
@@ -64,6 +66,19 @@ const OPENAPI: &str = include_str!("../../../docs/openapi.json");
 /// `GET openapi.json`.
 async fn openapi() -> impl IntoResponse {
     ([(CONTENT_TYPE, "application/json")], OPENAPI)
+}
+
+/// Pages of others change nothing here.
+async fn refuse_strange_pages(
+    State(standing): State<Arc<Standing>>,
+    request: Request,
+    next: Next,
+) -> Result<Response, Problem> {
+    let only_reads = matches!(*request.method(), Method::GET | Method::HEAD);
+    if !only_reads && origin::is_foreign(request.headers(), standing.settings.advertise.as_deref()) {
+        return Err(Problem::forbidden(origin::REFUSED));
+    }
+    Ok(next.run(request).await)
 }
 
 async fn unknown_path() -> Problem {

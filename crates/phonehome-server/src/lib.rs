@@ -77,6 +77,7 @@ mod listener;
 #[cfg_attr(not(feature = "http"), allow(dead_code, reason = "only a standing server tells it"))]
 mod meter;
 mod object;
+mod origin;
 #[cfg(feature = "http")]
 mod ready;
 mod report;

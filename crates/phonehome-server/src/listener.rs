@@ -40,7 +40,9 @@ use tokio_tungstenite::{
 use tracing::{Instrument, debug, info_span, warn};
 
 use self::impatient::Impatient;
-use crate::{builds::Build, burst::Burst, connection::Connection, server::Shared, strangers::Stranger, tasks::Tasks};
+use crate::{
+    builds::Build, burst::Burst, connection::Connection, origin, server::Shared, strangers::Stranger, tasks::Tasks,
+};
 
 type Body = http_body_util::combinators::UnsyncBoxBody<bytes::Bytes, Box<dyn std::error::Error + Send + Sync>>;
 
@@ -212,6 +214,9 @@ impl Visitor {
     async fn upgrade(&self, mut request: Request<Incoming>) -> Result<Response<Body>, Response<Body>> {
         let key = websocket_key(&request)?.clone();
         let codec = codec(request.headers())?;
+        if origin::is_foreign(request.headers(), self.advertised()) {
+            return Err(text(StatusCode::FORBIDDEN, "the request comes from a page of another origin\n"));
+        }
         if self.shared.draining.is_cancelled() {
             return Err(come_back("1", "the server is draining, come back soon\n"));
         }
@@ -267,6 +272,15 @@ impl Visitor {
             return standing.by_token(token).await;
         }
         Ok(self.shared.builds.by_token(token))
+    }
+
+    /// Where others are told that this server is.
+    fn advertised(&self) -> Option<&str> {
+        #[cfg(feature = "http")]
+        if let Some((standing, _)) = &self.front.standing {
+            return standing.settings.advertise.as_deref();
+        }
+        None
     }
 
     /// Whether a token that is not known may become so. A standing server knows from its start what it was told before.
@@ -475,6 +489,16 @@ mod tests {
         assert!(scene.call(build.token()).await.1.starts_with("HTTP/1.1 101"));
     }
 
+    #[tokio::test]
+    async fn a_page_of_somebody_else_opens_no_websocket() {
+        let scene = Scene::new();
+        let build = scene.server.expect(Expected::new("b".parse().unwrap())).unwrap();
+        let (_, answer) = scene.call_with(build.token(), "Origin: https://evil.example\r\n").await;
+        assert!(answer.starts_with("HTTP/1.1 403"), "{answer}");
+        let (_, answer) = scene.call_with(build.token(), "Origin: http://b\r\n").await;
+        assert!(answer.starts_with("HTTP/1.1 101"), "{answer}");
+    }
+
     struct Scene {
         server: Server,
         _dir: tempfile::TempDir,
@@ -490,11 +514,15 @@ mod tests {
 
         /// An agent's upgrade, and the head of the answer.
         async fn call(&self, token: &str) -> (DuplexStream, String) {
+            self.call_with(token, "").await
+        }
+
+        async fn call_with(&self, token: &str, header: &str) -> (DuplexStream, String) {
             let (mut client, _served) = self.connect();
             let request = format!(
                 "GET /v1/agent HTTP/1.1\r\nHost: b\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\
                  Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\
-                 Sec-WebSocket-Protocol: phonehome.v1\r\nAuthorization: Bearer {token}\r\n\r\n"
+                 Sec-WebSocket-Protocol: phonehome.v1\r\nAuthorization: Bearer {token}\r\n{header}\r\n"
             );
             client.write_all(request.as_bytes()).await.unwrap();
             let mut head = Vec::new();
