@@ -3,7 +3,7 @@
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
-use crate::harness::{ADMIN, Mode, Process, Proxy, READER, Scene, Standing, eventually, patiently, server};
+use crate::harness::{ADMIN, Mode, Process, Proxy, READER, Scene, Standing, eventually, exchange, patiently, server};
 
 #[tokio::test]
 async fn each_change_is_one_line_however_often_the_connection_is_cut() {
@@ -164,6 +164,44 @@ async fn behind_the_verdict_a_build_has_no_line_and_its_token_opens_nothing() {
     let lines = lines(&path);
     assert!(lines.iter().any(|line| line["reason"] == "Early"), "{lines:#?}");
     assert!(!lines.iter().any(|line| line["reason"] == "Late"), "{lines:#?}");
+}
+
+#[tokio::test]
+async fn a_page_of_somebody_else_changes_nothing() {
+    let standing = Standing::start(&["--advertise", "wss://logs.example"]).await;
+    let address = standing.address;
+    let ask = async |method: &str, origin: &str| {
+        let request = format!(
+            "{method} /api/v1/builds HTTP/1.1\r\nHost: {address}\r\nOrigin: {origin}\r\nConnection: close\r\n\
+             Authorization: Bearer {ADMIN}\r\n\r\n"
+        );
+        exchange(address, request.as_bytes()).await.status
+    };
+    assert_eq!(ask("POST", "https://evil.example").await, 403);
+    assert_eq!(ask("POST", "null").await, 403);
+    assert_eq!(ask("GET", "https://evil.example").await, 200);
+    assert_eq!(standing.get("/api/v1/builds").await.json()["builds"], json!([]));
+    assert_eq!(ask("POST", "https://logs.example").await, 201);
+    assert_eq!(ask("POST", &format!("http://{address}")).await, 201);
+}
+
+#[tokio::test]
+async fn a_server_that_takes_no_output_is_not_ready_and_says_why() {
+    let standing = Standing::start(&["--min-free", "1000000TiB"]).await;
+    let answer = standing.get("/readyz").await;
+    assert_eq!(answer.status, 503, "{answer:?}");
+    assert!(answer.text().contains("--min-free"), "{answer:?}");
+}
+
+#[tokio::test]
+async fn a_copy_of_the_certificate_is_good_after_a_restart() {
+    let mut standing = Standing::start(&["--tls-self-signed"]).await;
+    let path = standing.data.join("tls/certificate.pem");
+    let before = std::fs::read(&path).unwrap();
+    standing.process.signal(Signal::TERM);
+    assert_eq!(standing.process.ended().await, 0);
+    standing.start_again().await;
+    assert_eq!(std::fs::read(path).unwrap(), before);
 }
 
 #[tokio::test]

@@ -18,6 +18,8 @@ use tokio::time::{Instant, timeout};
 pub(crate) struct Probe {
     env: Env,
     path: PathBuf,
+    /// Bytes of the file system that output does not take.
+    min_free: u64,
     state: Arc<Mutex<State>>,
 }
 
@@ -36,8 +38,8 @@ const PATIENCE: Duration = Duration::from_secs(3);
 const FRESH: Duration = Duration::from_secs(2);
 
 impl Probe {
-    pub(crate) fn new(env: &Env, data: &std::path::Path) -> Self {
-        Self { env: env.clone(), path: data.join("probe"), state: Arc::default() }
+    pub(crate) fn new(env: &Env, data: &std::path::Path, min_free: u64) -> Self {
+        Self { env: env.clone(), path: data.join("probe"), min_free, state: Arc::default() }
     }
 
     /// Why the store does not take anything, if so. One write at a time: a stuck disk holds one thread and no more.
@@ -46,8 +48,9 @@ impl Probe {
             return known;
         }
         let (disk, path, state) = (self.env.disk.clone(), self.path.clone(), self.state.clone());
+        let min_free = self.min_free;
         let write = self.env.blocking(move || {
-            let result = write(&*disk, &path).map_err(|error| format!("the data directory cannot be written: {error}"));
+            let result = look(&*disk, &path, min_free);
             let mut state = lock(&state);
             state.began = None;
             state.last = Some((Instant::now(), result.clone()));
@@ -79,6 +82,16 @@ fn lock(state: &Mutex<State>) -> std::sync::MutexGuard<'_, State> {
     state.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Whether output would be taken.
+fn look(disk: &dyn Disk, path: &std::path::Path, min_free: u64) -> Result<(), String> {
+    let failed = |error| format!("the data directory cannot be written: {error}");
+    write(disk, path).map_err(failed)?;
+    match disk.free(path).map_err(failed)? {
+        free if free < min_free => Err(format!("no output is taken: {free} bytes are free, less than --min-free")),
+        _ => Ok(()),
+    }
+}
+
 fn write(disk: &dyn Disk, path: &std::path::Path) -> io::Result<()> {
     let file = disk.open(path, Open::Write)?;
     file.set_len(0)?; // a byte that is there already needs no room
@@ -93,15 +106,22 @@ mod tests {
     #[tokio::test]
     async fn a_directory_that_takes_a_byte_is_ready_and_one_that_is_gone_is_not() {
         let dir = tempfile::tempdir().unwrap();
-        assert_eq!(Probe::new(&Env::real(), dir.path()).check().await, Ok(()));
-        let gone = Probe::new(&Env::real(), &dir.path().join("gone"));
+        assert_eq!(Probe::new(&Env::real(), dir.path(), 0).check().await, Ok(()));
+        let gone = Probe::new(&Env::real(), &dir.path().join("gone"), 0);
         assert!(gone.check().await.unwrap_err().contains("cannot be written"));
+    }
+
+    #[tokio::test]
+    async fn a_disk_with_less_than_is_to_stay_free_is_not_ready() {
+        let dir = tempfile::tempdir().unwrap();
+        let told = Probe::new(&Env::real(), dir.path(), u64::MAX).check().await.unwrap_err();
+        assert!(told.contains("--min-free"), "{told}");
     }
 
     #[tokio::test]
     async fn an_answer_is_good_for_a_while() {
         let dir = tempfile::tempdir().unwrap();
-        let probe = Probe::new(&Env::real(), dir.path());
+        let probe = Probe::new(&Env::real(), dir.path(), 0);
         probe.check().await.unwrap();
         drop(dir);
         assert_eq!(probe.check().await, Ok(()));
@@ -112,7 +132,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let delay: Arc<dyn Fn() -> Duration + Send + Sync> = Arc::new(|| Duration::from_secs(3600));
         let env = Env { workers: phonehome_env::Workers::Tasks(delay), ..Env::real() };
-        let probe = Probe::new(&env, dir.path());
+        let probe = Probe::new(&env, dir.path(), 0);
         for _ in 0..3 {
             assert_eq!(probe.check().await, Err(SLOW.to_owned()));
         }

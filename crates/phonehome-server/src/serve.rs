@@ -170,7 +170,7 @@ impl Standing {
         let catalogue = shared.env.blocking(move || Catalogue::open(&data)).await?;
         let (book, archived) = Default::default();
         let (keys, pin) = identity.map(|identity| (identity.keys.clone(), identity.pin.clone())).unzip();
-        let probe = Probe::new(&shared.env, shared.store.data());
+        let probe = Probe::new(&shared.env, shared.store.data(), settings.min_free);
         let _lock = lock;
         let readers = Readers::default();
         let standing = Arc::new(Self {

@@ -52,7 +52,10 @@ mod worker;
 use std::{
     io,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -122,6 +125,7 @@ pub(crate) struct Store {
     root: Arc<PathBuf>,
     durability: Durability,
     meter: Arc<Meter>,
+    is_full: Arc<AtomicBool>,
 }
 
 /// What is asked of the worker.
@@ -317,6 +321,7 @@ impl Store {
         let meter = Arc::new(Meter::default());
         let mut steps = Steps::new(disk.clone(), root, durability);
         steps.keep_free(min_free);
+        let is_full = steps.is_full();
         Worker::start(env, queue, steps, meter.clone(), tasks)?;
         Ok(Self {
             jobs,
@@ -326,6 +331,7 @@ impl Store {
             root: Arc::new(root.to_owned()),
             durability,
             meter,
+            is_full,
         })
     }
 
@@ -340,6 +346,11 @@ impl Store {
 
     pub(crate) fn disk(&self) -> &Arc<dyn Disk> {
         &self.disk
+    }
+
+    /// Whether output waits because it has no room.
+    pub(crate) fn is_full(&self) -> bool {
+        self.is_full.load(Ordering::Relaxed)
     }
 
     /// What this server counts.

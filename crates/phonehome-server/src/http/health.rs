@@ -17,6 +17,9 @@ pub(crate) async fn ready(State(standing): State<Arc<Standing>>) -> Result<&'sta
         return Err(Problem::unavailable("the server is draining"));
     }
     standing.probe.check().await.map_err(Problem::unavailable)?;
+    if standing.shared.store.is_full() {
+        return Err(Problem::unavailable("no output is taken: there is no room left in the data directory"));
+    }
     Ok("ok\n")
 }
 

@@ -3,7 +3,10 @@
 use std::{
     io::{self, IoSlice},
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -18,6 +21,8 @@ pub(super) struct Room {
     dir: PathBuf,
     /// When to look again, while there is none.
     retry_at: Option<Instant>,
+    /// Whether there is none, for others.
+    is_full: Arc<AtomicBool>,
     low_water: LowWater,
 }
 
@@ -42,7 +47,12 @@ const RETRY: Duration = Duration::from_secs(1);
 
 impl Room {
     pub(super) fn new(disk: Arc<dyn Disk>, dir: &Path) -> Self {
-        Self { disk, dir: dir.to_owned(), retry_at: None, low_water: LowWater::default() }
+        Self { disk, dir: dir.to_owned(), retry_at: None, is_full: Arc::default(), low_water: LowWater::default() }
+    }
+
+    /// Tells whether output waits for room, at any time.
+    pub(super) fn is_full(&self) -> Arc<AtomicBool> {
+        self.is_full.clone()
     }
 
     /// So much stays free of output.
@@ -116,6 +126,15 @@ impl Room {
         }
     }
 
+    /// Writes something small that whoever asked for it may ask for again: the reserve is not for this.
+    pub(super) fn try_to<T>(&mut self, write: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+        write().inspect_err(|error| {
+            if is_full(error) {
+                self.note_full();
+            }
+        })
+    }
+
     /// Makes room for one small file. Not for more at a time: the logs that wait would take it.
     fn give_up_a_piece(&self) -> io::Result<()> {
         if !self.disk.exists(&self.reserve())? {
@@ -135,6 +154,7 @@ impl Room {
                 self.dir.display()
             );
             self.retry_at = Some(Instant::now() + RETRY);
+            self.is_full.store(true, Ordering::Relaxed);
         }
     }
 
@@ -155,6 +175,7 @@ impl Room {
         if !waits && self.set_aside().is_ok() {
             info!("there is room again in {}", self.dir.display());
             self.retry_at = None;
+            self.is_full.store(false, Ordering::Relaxed);
         } else {
             self.retry_at = Some(Instant::now() + RETRY);
         }

@@ -4,7 +4,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     io::{self, IoSlice},
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, atomic::AtomicBool},
 };
 
 use phonehome_env::disk::{Disk, File, Open, Volume, is_full, name_whole, stage_whole, write_whole};
@@ -116,6 +116,11 @@ impl Steps {
     /// So much of the file system stays free of output.
     pub(super) fn keep_free(&mut self, min_free: u64) {
         self.room.keep_free(min_free);
+    }
+
+    /// Tells whether output waits for room, at any time.
+    pub(super) fn is_full(&self) -> Arc<AtomicBool> {
+        self.room.is_full()
     }
 
     /// Limits what a build may store, from its first hello or survey on.
@@ -329,7 +334,7 @@ impl Steps {
     pub(super) fn report(&mut self, build: &BuildId, line: &[u8]) -> io::Result<()> {
         let (dir, durable) = (self.root.join(build.as_str()), self.durability == Durability::Fsync);
         let path = dir.join(REPORTS);
-        self.room.spend(|| {
+        self.room.try_to(|| {
             let is_new = !self.disk.exists(&path)?;
             let file = self.disk.open(&path, Open::Write)?;
             let end = end_of_lines(&*file)?;
@@ -572,10 +577,14 @@ impl Steps {
         if self.is_taken(file)? {
             return Ok(false);
         }
-        self.room.spend(|| {
+        let write = || {
             path.parent().map_or(Ok(()), |dir| self.disk.create_dirs(dir))?;
             stage_whole(&*self.disk, &path, &file.contents)
-        })?;
+        };
+        match file.kept {
+            Kept::Declaration => self.room.try_to(write)?,
+            Kept::Verdict => self.room.spend(write)?,
+        }
         Ok(true)
     }
 
@@ -585,11 +594,15 @@ impl Steps {
         if self.is_taken(file)? {
             return Ok(false);
         }
-        self.room.spend(|| {
+        let write = || {
             path.parent().map_or(Ok(()), |dir| self.disk.create_dirs(dir))?;
             write_whole(&*self.disk, &path, &file.contents, durable)?;
             if durable { self.disk.sync_dir(&self.root) } else { Ok(()) }
-        })?;
+        };
+        match file.kept {
+            Kept::Declaration => self.room.try_to(write)?,
+            Kept::Verdict => self.room.spend(write)?,
+        }
         self.note_kept(file);
         Ok(true)
     }
@@ -884,6 +897,26 @@ mod tests {
         scene.disk.heal();
         scene.retry();
         assert_eq!((len(&scene), scene.steps.poll_timeout()), (1024 * 1024, None));
+    }
+
+    #[test]
+    fn reports_and_declarations_leave_the_reserve_to_ends_and_verdicts() {
+        let mut scene = Scene::new();
+        let is_told_full = scene.steps.is_full();
+        let is_told_full = || is_told_full.load(std::sync::atomic::Ordering::Relaxed);
+        scene.greet(&Agent::new(1), 0);
+        scene.steps.report(&"b".parse().unwrap(), b"first\n").unwrap();
+        assert!(!is_told_full());
+        scene.fill();
+        assert!(is_full(&scene.steps.report(&"b".parse().unwrap(), b"second\n").unwrap_err()));
+        let mut declared = scene.settle_as(Kept::Declaration, "new", "{}");
+        scene.steps.commit();
+        assert!(is_full(&declared.try_recv().unwrap().unwrap_err()));
+        assert_eq!(std::fs::metadata(scene.path("../reserve")).unwrap().len(), 1024 * 1024);
+        assert!(is_told_full() && scene.verdict("{}").unwrap());
+        scene.disk.heal();
+        scene.retry();
+        assert!(!is_told_full());
     }
 
     #[test]
@@ -1389,9 +1422,13 @@ mod tests {
         }
 
         fn settle(&mut self, build: &str, contents: &str) -> oneshot::Receiver<io::Result<bool>> {
+            self.settle_as(Kept::Verdict, build, contents)
+        }
+
+        fn settle_as(&mut self, kept: Kept, build: &str, contents: &str) -> oneshot::Receiver<io::Result<bool>> {
             let (reply, recorded) = oneshot::channel();
             let build = build.parse().unwrap();
-            self.steps.settle(NewFile { build, kept: Kept::Verdict, contents: contents.into(), reply });
+            self.steps.settle(NewFile { build, kept, contents: contents.into(), reply });
             recorded
         }
 
