@@ -1,11 +1,13 @@
 //! One agent's socket, from its hello to its end.
 
 use std::{
+    collections::BTreeMap,
     sync::{Arc, atomic::Ordering},
     time::Duration,
 };
 
 use futures_util::{SinkExt, StreamExt};
+use phonehome_env::Env;
 use phonehome_proto::{
     close::CloseCode,
     codec::{Codec, DecodeError, EncodeError, Message},
@@ -30,7 +32,7 @@ use tracing::{debug, info, trace, warn};
 use crate::{
     builds::{Build, Refusal, Seat, expiry},
     server::Shared,
-    store::{Opened, Stuck},
+    store::{AttemptFiles, Opened, Stuck},
 };
 
 /// A socket whose peer has shown a build's token.
@@ -311,8 +313,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
 
     async fn handle_records(&mut self, mut records: Vec<Record>, session: &mut Session) -> Result<(), Hangup> {
         let opened = &mut session.seat.opened;
-        let stored = opened.writer.files.checksums();
-        opened.receiver.handle_records(&mut records, |seq| stored.of(seq))?;
+        let next = opened.receiver.next();
+        let known: Vec<_> = records.iter().map(|record| record.seq).filter(|seq| *seq < next).collect();
+        let stored = checksums(&self.shared.env, known, &opened.writer.files).await;
+        opened.receiver.handle_records(&mut records, |seq| stored.get(&seq).copied())?;
         if records.is_empty() {
             debug!("records that are stored already: the agent has missed an acknowledgement");
             session.ack_soon(Instant::now());
@@ -547,4 +551,13 @@ fn name(frame: &AgentFrame) -> &'static str {
         AgentFrame::Finished(_) => "Finished",
         AgentFrame::Pong(_) => "Pong",
     }
+}
+
+/// Of records that are stored already, which few messages have: looked up where waiting for the disk is no harm.
+async fn checksums(env: &Env, seqs: Vec<u64>, files: &Arc<AttemptFiles>) -> BTreeMap<u64, u32> {
+    if seqs.is_empty() {
+        return BTreeMap::new();
+    }
+    let files = files.clone();
+    env.blocking(move || files.checksums(seqs)).await
 }

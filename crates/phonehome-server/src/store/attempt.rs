@@ -1,7 +1,6 @@
 //! What everybody may know of an attempt, and the small files that say whose it is and how it ended.
 
 use std::{
-    cell::OnceCell,
     collections::BTreeMap,
     io,
     path::{Path, PathBuf},
@@ -35,14 +34,6 @@ pub(crate) struct AttemptFiles {
     /// What its build may store, once somebody has limited it.
     pub(super) quota: OnceLock<Arc<Quota>>,
     disk: Arc<dyn Disk>,
-}
-
-/// Looks checksums of stored records up. The index is opened for the first of them: few messages have records that are
-/// stored already.
-#[derive(Debug)]
-pub(crate) struct Checksums<'a> {
-    files: &'a AttemptFiles,
-    index: OnceCell<Option<Box<dyn File>>>,
 }
 
 /// What is durable.
@@ -126,30 +117,29 @@ impl AttemptFiles {
         self.open("log")?.len() // what a quota has left out is counted and not there
     }
 
-    /// The checksums of what is stored, whether synced or not.
-    pub(crate) fn checksums(&self) -> Checksums<'_> {
-        Checksums { files: self, index: OnceCell::new() }
+    /// The checksums of those of these records that are stored, whether synced or not. Reads the index, which waits for the
+    /// disk.
+    pub(crate) fn checksums(&self, seqs: impl IntoIterator<Item = u64>) -> BTreeMap<u64, u32> {
+        let Ok(index) = self.open("index") else { return BTreeMap::new() };
+        seqs.into_iter().filter_map(|seq| Some((seq, checksum(&*index, seq)?))).collect()
     }
 }
 
-impl Checksums<'_> {
-    /// Of one record; `None` when it is not stored.
-    pub(crate) fn of(&self, seq: u64) -> Option<u32> {
-        let index = self.index.get_or_init(|| self.files.open("index").ok()).as_ref()?;
-        let mut wire = [0; ENTRY];
-        let (mut low, mut high) = (0, index.len().ok()? / ENTRY as u64);
-        while low < high {
-            let middle = low + (high - low) / 2;
-            index.read_exact_at(&mut wire, middle * ENTRY as u64).ok()?;
-            match Entry::decode(&wire)? {
-                Entry::Record { seq: found, crc, .. } if found == seq => return Some(crc),
-                Entry::Record { seq: found, .. } if found > seq => high = middle,
-                Entry::Hole { from, .. } if from > seq => high = middle,
-                Entry::Record { .. } | Entry::Hole { .. } => low = middle + 1,
-            }
+/// The checksum of one record; `None` when it is not stored.
+fn checksum(index: &dyn File, seq: u64) -> Option<u32> {
+    let mut wire = [0; ENTRY];
+    let (mut low, mut high) = (0, index.len().ok()? / ENTRY as u64);
+    while low < high {
+        let middle = low + (high - low) / 2;
+        index.read_exact_at(&mut wire, middle * ENTRY as u64).ok()?;
+        match Entry::decode(&wire)? {
+            Entry::Record { seq: found, crc, .. } if found == seq => return Some(crc),
+            Entry::Record { seq: found, .. } if found > seq => high = middle,
+            Entry::Hole { from, .. } if from > seq => high = middle,
+            Entry::Record { .. } | Entry::Hole { .. } => low = middle + 1,
         }
-        None
     }
+    None
 }
 
 /// Who made an attempt; `attempt.json`.
@@ -229,7 +219,7 @@ mod tests {
     };
 
     #[test]
-    fn the_checksum_of_any_stored_record_is_found_and_the_index_is_opened_once() {
+    fn the_checksum_of_every_stored_record_is_found() {
         let (dir, mut agent) = (tempdir(), Agent::new(1));
         let mut log = AttemptLog::create(Arc::new(RealDisk), dir.path(), &agent.owner(), Durability::Os).unwrap();
         log.hole(3).unwrap();
@@ -238,11 +228,9 @@ mod tests {
         log.append(&[Batch { records: records.clone(), tally: agent.tally.clone() }]).unwrap();
         let (build, step) = ("b".parse().unwrap(), StepName::default());
         let files = AttemptFiles::new(Arc::new(RealDisk), build, step, 1, dir.path().to_owned());
-        let checksums = files.checksums();
-        for record in records {
-            assert_eq!(checksums.of(record.seq), Some(record.crc), "{}", record.seq);
-            drop(std::fs::remove_file(dir.path().join("index"))); // what is open stays
-        }
-        assert_eq!((checksums.of(2), checksums.of(12)), (None, None));
+        let expected: BTreeMap<_, _> = records.iter().map(|record| (record.seq, record.crc)).collect();
+        assert_eq!(files.checksums(0..20), expected, "not of the hole, and not of what is to come");
+        std::fs::remove_file(dir.path().join("index")).unwrap();
+        assert!(files.checksums(0..20).is_empty());
     }
 }

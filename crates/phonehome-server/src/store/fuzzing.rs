@@ -64,8 +64,8 @@ pub fn store(
     let next = receiver.next();
     for round in rounds {
         let mut records = round.clone();
-        let stored = writer.files.checksums();
-        receiver.handle_records(&mut records, |seq| stored.of(seq)).map_err(|error| error.to_string())?;
+        let stored = writer.files.checksums(records.iter().map(|record| record.seq));
+        receiver.handle_records(&mut records, |seq| stored.get(&seq).copied()).map_err(|error| error.to_string())?;
         steps.append(&writer, records, receiver.tally().clone());
         steps.commit();
     }
