@@ -583,7 +583,7 @@ impl Steps {
         };
         match file.kept {
             Kept::Declaration => self.room.try_to(write)?,
-            Kept::Verdict => self.room.spend(write)?,
+            Kept::Cancel | Kept::Verdict => self.room.spend(write)?,
         }
         Ok(true)
     }
@@ -601,7 +601,7 @@ impl Steps {
         };
         match file.kept {
             Kept::Declaration => self.room.try_to(write)?,
-            Kept::Verdict => self.room.spend(write)?,
+            Kept::Cancel | Kept::Verdict => self.room.spend(write)?,
         }
         self.note_kept(file);
         Ok(true)
