@@ -407,7 +407,7 @@ async fn no_output_comes_after_the_verdict() {
     let script = "trap '' TERM; echo begun; while :; do echo more; done";
     let mut agent = standing.agent("b", &token, &["--tee", "off"], script);
     let begun = async { while standing.get("/api/v1/builds/b").await.json()["bytes"] == json!(0) {} };
-    crate::harness::patiently("output", begun).await;
+    patiently("output", begun).await;
     for _ in 0..2 {
         assert_eq!(standing.post("/api/v1/builds/b/cancel", json!({})).await.status, 202);
     }
@@ -471,4 +471,22 @@ async fn a_cancel_that_was_answered_survives_a_crash() {
     again.send(log.finished(0)).await;
     let build = standing.ended("b").await;
     assert_eq!((&build["verdict"], &build["complete"]), (&json!("cancelled"), &json!(true)), "{build}");
+}
+
+/// Its directory was removed by hand, or a crash took its verdict.
+#[tokio::test]
+async fn a_build_that_is_gone_leaves_the_list_when_the_rules_come_to_it() {
+    let mut standing = Standing::start(&[]).await;
+    for id in ["one", "two"] {
+        let token = standing.declare_one(id).await;
+        assert_eq!(standing.agent(id, &token, &[], "echo hello").ended().await, 0);
+        standing.ended(id).await;
+    }
+    standing.options(&["--keep-builds", "1"]);
+    std::fs::remove_file(standing.data.join("builds/one/verdict.json")).unwrap();
+    std::fs::remove_file(standing.data.join("builds/one/build.json")).unwrap();
+    standing.crash().await;
+    let is_listed = async || standing.get("/api/v1/builds").await.text().contains("\"one\"");
+    patiently("it is listed no more", async { while is_listed().await {} }).await;
+    assert_eq!(standing.get("/api/v1/builds/two").await.status, 200);
 }
