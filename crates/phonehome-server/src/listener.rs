@@ -215,7 +215,7 @@ impl Visitor {
         let key = websocket_key(&request)?.clone();
         let codec = codec(request.headers())?;
         if origin::is_foreign(request.headers(), self.advertised()) {
-            return Err(text(StatusCode::FORBIDDEN, "the request comes from a page of another origin\n"));
+            return Err(text(StatusCode::FORBIDDEN, origin::REFUSED));
         }
         if self.shared.draining.is_cancelled() {
             return Err(come_back("1", "the server is draining, come back soon\n"));

@@ -1,5 +1,5 @@
-//! Which page a browser says a request comes from. Tokens are never sent by a browser on its own, but what a page of
-//! somebody else's may ask for with one that it got hold of need not be found out.
+//! Which page a browser says a request comes from. No browser sends a token on its own; this keeps pages of others out
+//! all the same when they got hold of one.
 
 use http::{
     HeaderMap, Uri,
