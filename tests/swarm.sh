@@ -38,17 +38,24 @@ has_descriptors() {
     }
 }
 
+# PHONEHOME_BIN_DIR names a directory with a server that is built already.
 build() {
     cd "$top"
-    cargo build --release --locked -p phonehome-server -p phonehome-tests --bin phonehome-server --bin swarm
     target=$(cargo metadata --format-version 1 --no-deps | sed 's/.*"target_directory":"\([^"]*\)".*/\1/')
+    if [ -n "${PHONEHOME_BIN_DIR:-}" ]; then
+        cargo build --locked -p phonehome-tests --bin swarm
+        server=$PHONEHOME_BIN_DIR/phonehome-server swarm=$target/debug/swarm
+    else
+        cargo build --release --locked -p phonehome-server -p phonehome-tests --bin phonehome-server --bin swarm
+        server=$target/release/phonehome-server swarm=$target/release/swarm
+    fi
 }
 
 load() {
     name=$1
     shift
     echo "== $agents agents, $name"
-    "$target/release/swarm" --program "$target/release/phonehome-server" --data "$work/$name" \
+    "$swarm" --program "$server" --data "$work/$name" \
         --agents "$agents" --seconds "$seconds" --kill --finish --max-p99 "$late" --max-back 30 "$@"
     rm -rf "${work:?}/$name"
 }
