@@ -481,13 +481,19 @@ fn reconcile(catalogue: &Catalogue, store: &Store, progress: &mut dyn FnMut(usiz
     let ids = archive::list(&**disk, data)?;
     for (at, id) in ids.iter().enumerate() {
         progress(at, ids.len());
-        if known.remove(&(id.as_str().to_owned(), true)) {
+        if known.contains(&(id.as_str().to_owned(), true)) && store.has_verdict(id.as_str()) {
+            known.remove(&(id.as_str().to_owned(), true));
             continue;
         }
-        known.remove(&(id.as_str().to_owned(), false));
+        let has_row = known.remove(&(id.as_str().to_owned(), true)) | known.remove(&(id.as_str().to_owned(), false));
         match look_at(catalogue, store, id) {
             Ok(found) => running.extend(found),
-            Err(error) => warn!(build = %id, "it is left alone, its files cannot be used: {error}"),
+            Err(error) => {
+                warn!(build = %id, "it is left alone, its files cannot be used: {error}");
+                if has_row {
+                    catalogue.remove(id.as_str())?;
+                }
+            }
         }
     }
     for (id, _) in known {
